@@ -1,0 +1,400 @@
+"""Objectives: how an architecture becomes metrics. Trained on data, looked up in a table, or the user's function."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from nasbench import profile, training
+from nasbench.data import Data, load
+from nasbench.errors import SettingError
+from nasbench.files import atomic_write
+from nasbench.training import Recipe
+from search_spaces.base import Arch, SearchSpace, nearest
+
+if TYPE_CHECKING:
+    from nasbench.table import Table
+
+DIRECTIONS = {
+    "val_accuracy": "maximize",
+    "val_loss": "minimize",
+    "test_accuracy": "maximize",
+    "test_loss": "minimize",
+    "params": "minimize",
+    "macs": "minimize",
+    "bytes": "minimize",
+    "peak_bytes": "minimize",
+    "latency_ms": "minimize",
+    "seconds": "minimize",
+}
+"""Which way is better, for every metric whose name is enough to tell."""
+
+WEIGHTS = "weights.safetensors"
+
+
+class TrialRun:
+    """What an objective may use of the trial it evaluates. This one belongs to no study and keeps nothing."""
+
+    folder: Path | None = None
+    progress: bool = False
+
+    def check(self) -> None:
+        """Raise if the search has to stop now; called after every training step."""
+
+    def report(self, epoch: int, value: float) -> None:
+        """Tell the pruner a value after an epoch; raises `optuna.TrialPruned` if the trial is not worth finishing."""
+
+    watched: bool = False
+    """Whether `report` wants a validation accuracy after every epoch."""
+
+    runs: Sequence[Mapping[str, float]] = ()
+    """The metrics of single training runs, where the trial's are means over several seeds; the objective sets it."""
+
+
+class Objective(ABC):
+    """Turns an architecture into metrics, all finite numbers."""
+
+    names: tuple[str, ...] | None = None
+    """The metrics it can report; None: not known beforehand."""
+    default: str | None = None
+    """The metric that is optimised when none is named."""
+    trains: bool = False
+    """Whether its trials take long and leave weights: such a study gets a folder."""
+
+    @abstractmethod
+    def __call__(self, arch: Arch, run: TrialRun) -> dict[str, float]:
+        """Return the metrics of an architecture."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return JSON-able settings that a study is checked against when it is continued."""
+
+    def want(self, names: Sequence[str]) -> None:
+        """Say which metrics the search needs, before the first trial; others need not be measured."""
+
+    def key(self, arch: Arch) -> Arch:
+        """Return what a result is filed under: architectures with equal keys are evaluated once."""
+        return arch
+
+    def preview(self, arch: Arch, names: Sequence[str]) -> dict[str, float]:
+        """Return those of the metrics that are known before the expensive part."""
+        return {}
+
+    def direction(self, name: str) -> str | None:
+        """Return "maximize" or "minimize", or None where the metric's name does not tell."""
+        known = DIRECTIONS.get(name)
+        if known is None and "acc" in name:
+            return "maximize"
+        return known
+
+
+class TrainObjective(Objective):
+    """Train the canonical form of the architecture from scratch, then validate it.
+
+    Metrics are a pure function of the canonical architecture, the recipe and the seeds, so equal cells share a result.
+
+    Args:
+        space: bound to the data.
+        data: train and validation images; test images only with ``test=True``, which table builders alone use.
+        recipe: how to train.
+        seeds: one training run each; metrics are means, and each run's own are kept in the trial's `runs`.
+        device: where to train.
+    """
+
+    default = "val_accuracy"
+    trains = True
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        data: Data,
+        recipe: Recipe,
+        *,
+        seeds: Sequence[int] = (0,),
+        device: str = "auto",
+        test: bool = False,
+    ) -> None:
+        self.space, self.recipe, self.seeds, self.test = space, recipe, tuple(seeds), test
+        self.device = training.pick_device(device)
+        self.data = data.to(self.device)
+        self.extra: tuple[str, ...] = ()
+        self.names = ("val_accuracy", "val_loss", "params", "macs", "bytes", "peak_bytes", "latency_ms")
+
+    def settings(self) -> dict[str, Any]:
+        """Return data, recipe, seeds and metrics."""
+        return {
+            "kind": "train",
+            "data": {"name": self.data.name, "fingerprint": self.data.fingerprint, "load": self.data.spec},
+            "recipe": json.loads(self.recipe.to_json()),
+            "seeds": list(self.seeds),
+            "extra": list(self.extra),
+            "test": self.test,
+        }
+
+    @classmethod
+    def from_settings(cls, space: SearchSpace, settings: Mapping[str, Any], *, device: str = "auto") -> TrainObjective:
+        """Return the objective that `settings` describes, its data loaded again by name."""
+        data = load(**settings["data"]["load"])
+        recipe = Recipe(**settings["recipe"])
+        return cls(space.bind(data), data, recipe, seeds=settings["seeds"], device=device, test=settings["test"])
+
+    def want(self, names: Sequence[str]) -> None:
+        """Measure "bytes", "peak_bytes" and "latency_ms" only if they are among the names."""
+        self.extra = tuple(name for name in ("bytes", "peak_bytes", "latency_ms") if name in names)
+
+    def key(self, arch: Arch) -> Arch:
+        """Return the canonical architecture."""
+        return self.space.canonical(arch)
+
+    def preview(self, arch: Arch, names: Sequence[str]) -> dict[str, float]:
+        """Return params and macs, and what else can be told from an untrained network."""
+        build = self._builder(arch)
+        found: dict[str, float] = dict(profile.count(build, self.data.shape))
+        if {"bytes", "peak_bytes"} & {*names}:
+            found |= {k: float(v) for k, v in profile.measure(build(), self.data.shape).to_dict().items() if k in names}
+        if "latency_ms" in names:
+            found["latency_ms"] = profile.latency(build(), self.data.shape, device=str(self.device)).median_ms
+        return {name: value for name, value in found.items() if name in names}
+
+    def __call__(self, arch: Arch, run: TrialRun) -> dict[str, float]:
+        """Train once for every seed and return the mean metrics, with params and macs."""
+        if dist.is_initialized() and dist.get_rank() == 0:
+            dist.broadcast_object_list([(arch.to_json(), str(run.folder) if run.folder else None)])
+        run.runs = [self._train(arch, seed, run) for seed in self.seeds]
+        names = [name for name in run.runs[0] if name != "seconds"]
+        means = {name: sum(r[name] for r in run.runs) / len(run.runs) for name in names}
+        return means | self.preview(arch, ("params", "macs", *self.extra))
+
+    def follow(self) -> None:
+        """On ranks above 0 of a data-parallel search: train what rank 0 announces until it announces the end."""
+        while True:
+            message: list[Any] = [None]
+            dist.broadcast_object_list(message)
+            if message[0] is None:
+                return
+            arch, folder = message[0]
+            run = TrialRun()
+            run.folder = Path(folder) if folder else None
+            for seed in self.seeds:
+                self._train(Arch.from_json(arch), seed, run)
+
+    def _builder(self, arch: Arch) -> Callable[[], torch.nn.Module]:
+        canonical = self.space.canonical(arch)
+        return lambda: self.space.build(canonical)
+
+    def _train(self, arch: Arch, seed: int, run: TrialRun) -> dict[str, float]:
+        done = run.folder / f"run-{seed}.json" if run.folder and len(self.seeds) > 1 else None
+        if done and done.exists():
+            return {str(k): float(v) for k, v in json.loads(done.read_text()).items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self._builder(arch)()
+        watch = _Watch(run, self.data)
+        checkpoint = run.folder / f"checkpoint-{seed}.pt" if run.folder else None
+        training.fit(
+            model,
+            self.data,
+            self.recipe,
+            seed=seed,
+            device=self.device,
+            callbacks=[watch],
+            checkpoint=checkpoint,
+            progress=run.progress,
+        )
+        metrics = training.validate(model, self.data)
+        if self.test:
+            metrics |= training.evaluate(model, self.data)
+        main = not dist.is_initialized() or dist.get_rank() == 0
+        if run.folder and main:
+            if seed == self.seeds[0]:
+                save_weights(model, run.folder / WEIGHTS)
+            if done:
+                with atomic_write(done) as temporary:
+                    temporary.write_text(json.dumps(metrics | {"seconds": watch.seconds}))
+        return metrics | {"seconds": watch.seconds}
+
+
+class _Watch(training.Callback):
+    """Asks after every step whether the search goes on, and reports accuracies to a pruner that wants them."""
+
+    def __init__(self, run: TrialRun, data: Data) -> None:
+        self._run, self._data = run, data
+        self.seconds = 0.0
+
+    def on_step(self, run: training.Run) -> None:
+        self._run.check()
+
+    def on_epoch(self, run: training.Run) -> None:
+        if self._run.watched and run.epoch < run.recipe.epochs:
+            accuracy = training.validate(run.model, self._data)["val_accuracy"]
+            self._run.report(run.epoch, accuracy)
+
+    def on_end(self, run: training.Run) -> None:
+        self.seconds = run.seconds
+
+
+class TableObjective(Objective):
+    """Look the architecture up in a tabular benchmark: always the very one, never an equal one."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.names = tuple(table.metrics)
+        self.wanted = self.names
+        self.default = "val_accuracy" if "val_accuracy" in table.metrics else None
+
+    def want(self, names: Sequence[str]) -> None:
+        """Look up only these: a search that does not ask for test accuracy does not see it."""
+        self.wanted = tuple(names)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the table's identity."""
+        return {"kind": "table", "table": self.table.fingerprint}
+
+    def __call__(self, arch: Arch, run: TrialRun) -> dict[str, float]:
+        """Return the wanted metrics of the row, means over its seeds."""
+        return {name: self.table.query(arch, name) for name in self.wanted}
+
+
+class FunctionObjective(Objective):
+    """The user's own function from an architecture to a mapping of metrics."""
+
+    def __init__(self, function: Callable[[Arch], Mapping[str, float]]) -> None:
+        self.function = function
+
+    def settings(self) -> dict[str, Any]:
+        """Return the function's name: that is all that can be checked of it."""
+        name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        return {"kind": "function", "function": f"{getattr(self.function, '__module__', '?')}.{name}"}
+
+    def __call__(self, arch: Arch, run: TrialRun) -> dict[str, float]:
+        """Call the function.
+
+        Raises:
+            SettingError: it returned no mapping.
+        """
+        metrics = self.function(arch)
+        if not isinstance(metrics, Mapping):
+            raise SettingError(
+                f"the objective returned {type(metrics).__name__} {metrics!r:.60}, not a mapping of metrics. "
+                'Return a dictionary such as {"score": 0.9}.'
+            )
+        return dict(metrics)
+
+
+def save_weights(model: torch.nn.Module, path: Path) -> None:
+    """Write a network's state as safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_write(path) as temporary:
+        save_file(state, temporary)
+
+
+def checked(metrics: Mapping[str, Any], needed: Sequence[str]) -> dict[str, float]:
+    """Return the metrics if every needed one is there and every number is finite.
+
+    Raises:
+        SettingError: a metric is missing, no number, NaN or infinite.
+
+    Example:
+        >>> checked({"score": 0.5}, ["score"])
+        {'score': 0.5}
+        >>> checked({"score": float("nan")}, ["score"])
+        Traceback (most recent call last):
+        nasbench.errors.SettingError: metric 'score' is nan; a metric must be a finite number. The trial is failed.
+    """
+    for name in needed:
+        if name not in metrics:
+            raise SettingError(f"the objective did not report {name!r}; it reported {', '.join(map(repr, metrics))}.")
+    for name, value in metrics.items():
+        try:
+            finite = math.isfinite(value)
+        except TypeError:
+            raise SettingError(f"metric {name!r} is {value!r:.60}; a metric must be a finite number.") from None
+        if not finite:
+            raise SettingError(f"metric {name!r} is {value}; a metric must be a finite number. The trial is failed.")
+    return {name: _plain(value) for name, value in metrics.items()}
+
+
+def _plain(value: Any) -> float | int:
+    return int(value) if isinstance(value, int) else float(value)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A bound on a metric.
+
+    Example:
+        >>> limit = Constraint.parse("params<1e6")
+        >>> limit.holds(999_999), limit.holds(1_000_000)
+        (True, False)
+    """
+
+    metric: str
+    sign: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Constraint:
+        """Read "metric<number"; the signs are <, <=, > and >=.
+
+        Raises:
+            SettingError: the text has another form.
+        """
+        match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([^\s<>=]+)\s*", text) if isinstance(text, str) else None
+        try:
+            return cls(match[1], match[2], float(match[3]))  # type: ignore[index]
+        except (TypeError, ValueError):
+            raise SettingError(f'{text!r} is no constraint. Write a metric, a sign and a number: "params<1e6".') from None
+
+    def holds(self, value: float) -> bool:
+        """Whether a value keeps the bound."""
+        return {
+            "<": value < self.bound,
+            "<=": value <= self.bound,
+            ">": value > self.bound,
+            ">=": value >= self.bound,
+        }[self.sign]
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.sign}{self.bound:g}"
+
+
+def resolve(objectives: str | Sequence[str] | Mapping[str, str] | None, objective: Objective) -> dict[str, str]:
+    """Return {metric: direction} for what a user asked to optimise.
+
+    Raises:
+        SettingError: an unknown metric, a direction that is neither "maximize" nor "minimize", or one that cannot be told.
+    """
+    if objectives is None:
+        if objective.default is None:
+            options = f" It reports {', '.join(objective.names)}." if objective.names else ""
+            raise SettingError(f'name what to optimise: objectives={{"score": "maximize"}}.{options}')
+        objectives = objective.default
+    asked: dict[str, str | None]
+    if isinstance(objectives, Mapping):
+        asked = dict(objectives)
+    else:
+        asked = dict.fromkeys([objectives] if isinstance(objectives, str) else objectives)
+    if not asked:
+        raise SettingError('objectives is empty: name at least one metric, such as "val_accuracy".')
+    chosen = {}
+    for name, direction in asked.items():
+        if objective.names is not None and name not in objective.names:
+            raise SettingError(f"the objective does not report {name!r}; {nearest(name, objective.names)}")
+        direction = direction or objective.direction(name)
+        if direction is None:
+            raise SettingError(f'is more {name!r} better? Say objectives={{"{name}": "maximize"}} or "minimize".')
+        if direction not in ("maximize", "minimize"):
+            raise SettingError(f'objective {name!r} has direction {direction!r}; choose "maximize" or "minimize".')
+        chosen[name] = direction
+    return chosen

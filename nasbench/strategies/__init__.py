@@ -1,0 +1,79 @@
+"""Strategies: how the next architecture is chosen.
+
+`make("evolution", population=20)` gives one by name; `STRATEGIES` maps the names to what makes them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from optuna.samplers import BaseSampler
+
+from nasbench.errors import SettingError
+from nasbench.strategies.base import History, PastTrial, Proposal, Strategy, distributions
+from nasbench.strategies.evolution import Grid, LocalSearch, RegularizedEvolution
+from nasbench.strategies.samplers import UNFIT, OptunaStrategy
+from search_spaces.base import nearest
+
+__all__ = [
+    "STRATEGIES",
+    "Grid",
+    "History",
+    "LocalSearch",
+    "OptunaStrategy",
+    "PastTrial",
+    "Proposal",
+    "RegularizedEvolution",
+    "Strategy",
+    "describe",
+    "distributions",
+    "make",
+]
+
+STRATEGIES: dict[str, Callable[..., Strategy | OptunaStrategy]] = {
+    "evolution": RegularizedEvolution,
+    "local_search": LocalSearch,
+    "grid": Grid,
+    **{name: partial(OptunaStrategy, name) for name in ("random", "tpe", "gp", "nsga2", "nsga3")},
+}
+
+
+def make(name: str, **settings: Any) -> Strategy | OptunaStrategy:
+    """Return the strategy of this name with these settings.
+
+    Raises:
+        SettingError: unknown name or setting, with the nearest ones.
+
+    Example:
+        >>> make("evolution", population=20)
+        RegularizedEvolution(population=20, sample=3, aging=True, crossover=0.0)
+    """
+    if name in UNFIT:
+        raise SettingError(f"Optuna's {name!r} is not offered: {UNFIT[name]}. {nearest('', STRATEGIES)}")
+    if name not in STRATEGIES:
+        raise SettingError(f"no strategy is called {name!r}; {nearest(name, STRATEGIES)}")
+    kind = STRATEGIES[name]
+    if isinstance(kind, type):
+        known = inspect.signature(kind).parameters
+        if unknown := sorted(settings.keys() - known):
+            raise SettingError(f"strategy {name!r} has no setting {unknown[0]!r}; {nearest(unknown[0], known)}")
+    return kind(**settings)
+
+
+def describe(strategy: Strategy | OptunaStrategy | BaseSampler) -> dict[str, Any]:
+    """Return a strategy's name and settings as JSON-able values: what a study is checked against.
+
+    Example:
+        >>> describe(LocalSearch())
+        {'name': 'local_search'}
+    """
+    if isinstance(strategy, BaseSampler):
+        return {"name": f"optuna:{type(strategy).__name__}"}
+    if isinstance(strategy, OptunaStrategy):
+        return {"name": strategy.name, **strategy.settings()}
+    names = {kind: name for name, kind in STRATEGIES.items()}
+    own = f"{type(strategy).__module__}:{type(strategy).__qualname__}"
+    return {"name": names.get(type(strategy), own), **strategy.settings()}

@@ -1,0 +1,223 @@
+"""What a black-box strategy is: a pure function from a study's history to the next architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, ClassVar, overload
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from nasbench.errors import SettingError, StudyError
+from search_spaces.base import Arch, Option, SearchSpace
+
+PROPOSAL = "nasbench:proposal"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An architecture with what the strategy wants remembered of it.
+
+    Args:
+        arch: the architecture to try.
+        parent: number of the trial whose weights it inherits, if any.
+        note: small JSON-able facts, stored on the trial and given back in the history.
+    """
+
+    arch: Arch
+    parent: int | None = None
+    note: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class PastTrial:
+    """A finished trial as strategies see it; `scores` has one number per objective, and higher is always better."""
+
+    number: int
+    arch: Arch
+    scores: tuple[float, ...]
+    parent: int | None = None
+    note: Mapping[str, Any] | None = None
+
+    @property
+    def score(self) -> float:
+        """The score of the only (or first) objective; higher is better."""
+        return self.scores[0]
+
+
+class History(Sequence[PastTrial]):
+    """The finished trials in order of completion, append-only; `pending` are the architectures now being evaluated.
+
+    `tried` holds every architecture that was finished, for quick membership tests.
+
+    Example:
+        >>> history = History([PastTrial(0, Arch({"a": 1}), (0.5,)), PastTrial(1, Arch({"a": 2}), (0.7,))])
+        >>> max(history, key=lambda trial: trial.score).arch
+        Arch(a=2)
+        >>> Arch({"a": 2}) in history.tried, len(history.pending)
+        (True, 0)
+    """
+
+    def __init__(self, trials: Iterable[PastTrial] = (), pending: Iterable[Arch] = ()) -> None:
+        self._trials = list(trials)
+        self.tried = {trial.arch for trial in self._trials}
+        self.pending = list(pending)
+
+    @overload
+    def __getitem__(self, index: int) -> PastTrial: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PastTrial]: ...
+    def __getitem__(self, index: int | slice) -> PastTrial | list[PastTrial]:
+        return self._trials[index]
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def append(self, trial: PastTrial) -> None:
+        """Add a trial that finished after all others."""
+        self._trials.append(trial)
+        self.tried.add(trial.arch)
+
+
+class Strategy(ABC):
+    """A black-box strategy: a frozen dataclass of settings with one method, `propose`.
+
+    It sees the finished trials and nothing else: no loader, file or clock. All that passes from one proposal to the
+    next is the history, so an interrupted study continues exactly as if it had never stopped.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class MutateBest(Strategy):
+        ...     def propose(self, space, history, rng):
+        ...         if not history:
+        ...             return space.sample(rng)
+        ...         return space.mutate(max(history, key=lambda trial: trial.score).arch, rng)
+        >>> from search_spaces import NASBench201
+        >>> study = optuna.create_study(sampler=MutateBest().sampler(NASBench201(), seed=0))
+        >>> trial = study.ask(distributions(NASBench201()))
+        >>> Arch(trial.params) in NASBench201()
+        True
+    """
+
+    many_objectives: ClassVar[bool] = False
+    """Whether the strategy can follow several objectives at once."""
+
+    @abstractmethod
+    def propose(self, space: SearchSpace, history: History, rng: Random) -> Arch | Proposal:
+        """Return the next architecture to try.
+
+        Args:
+            space: what to choose from.
+            history: finished trials in order of completion, with `history.pending`.
+            rng: fresh for every trial, made from the study's seed and the trial's number.
+
+        Raises:
+            SpaceExhausted: there is nothing left to propose; the search then ends normally.
+        """
+
+    def sampler(self, space: SearchSpace, seed: int = 0) -> BaseSampler:
+        """Return the strategy as an Optuna sampler, for `optuna.create_study(sampler=...)`."""
+        return HistorySampler(self, space, seed)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the JSON-able settings a study is checked against when it is continued."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
+
+def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
+    """Return the Optuna distributions of a space: a trial's `params` are then an architecture's options."""
+    return {decision: CategoricalDistribution(options) for decision, options in space.choices.items()}
+
+
+def arch_of(trial: FrozenTrial, space: SearchSpace) -> Arch | None:
+    """Return the architecture a trial stands for, or None if its parameters are not (yet) all there."""
+    if trial.params.keys() < space.choices.keys():
+        return None
+    return Arch({decision: trial.params.get(decision) for decision in space.choices})
+
+
+class Ledger:
+    """Reads a study's trials, each finished one only once: a read costs the same at trial 10,000 as at trial 1,000."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._open: list[int] = []
+
+    def read(self, study: optuna.Study) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+        """Return the trials finished since the last read, in order of completion, and those still running."""
+        trials = study.get_trials(deepcopy=False)
+        fresh = [trials[i] for i in (*self._open, *range(self._seen, len(trials)))]
+        self._seen = len(trials)
+        self._open = [t.number for t in fresh if not t.state.is_finished()]
+        done = [t for t in fresh if t.state.is_finished()]
+        done.sort(key=lambda t: (t.datetime_complete, t.number))
+        return done, [trials[i] for i in self._open]
+
+
+class HistorySampler(BaseSampler):
+    """An Optuna sampler that asks a strategy; made by `Strategy.sampler`."""
+
+    def __init__(self, strategy: Strategy, space: SearchSpace, seed: int = 0) -> None:
+        self.strategy = strategy
+        self.space = space
+        self.seed = seed
+        self._study: tuple[str, int] | None = None
+        self._distributions = distributions(space)
+        self._ledger = Ledger()
+        self._history = History()
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return the whole space: an architecture is proposed at once."""
+        return self._distributions
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Option]:
+        """Ask the strategy for an architecture."""
+        history = self._read(study, trial)
+        proposal = self.strategy.propose(self.space, history, Random(f"{self.seed}/{trial.number}"))
+        if isinstance(proposal, Arch):
+            proposal = Proposal(proposal)
+        if proposal.parent is not None or proposal.note is not None:
+            remembered = {"parent": proposal.parent, "note": proposal.note}
+            json.dumps(remembered)  # a note that is no JSON must fail here, not when the study is read again
+            study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, remembered)
+        return dict(proposal.arch)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Refuse: everything of the space was already proposed."""
+        raise StudyError(
+            f"{type(self.strategy).__name__} proposes {', '.join(self._distributions)}; the objective also asks for "
+            f"{param_name!r} = {param_distribution}. Suggest exactly the space's choices."
+        )
+
+    def _read(self, study: optuna.Study, current: FrozenTrial) -> History:
+        name = (study.study_name, id(study._storage))
+        if name != self._study:
+            if len(study.directions) > 1 and not self.strategy.many_objectives:
+                raise SettingError(
+                    f"{type(self.strategy).__name__} follows one objective, the study has {len(study.directions)}. "
+                    'Use strategy="nsga2" or "tpe", or keep one objective and make constraints of the others.'
+                )
+            self._study, self._ledger, self._history = name, Ledger(), History()
+        done, running = self._ledger.read(study)
+        signs = [1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in study.directions]
+        for trial in done:
+            arch = arch_of(trial, self.space)
+            if trial.state == TrialState.COMPLETE and arch is not None:
+                scores = tuple(sign * value for sign, value in zip(signs, trial.values, strict=True))
+                self._history.append(PastTrial(trial.number, arch, scores, **trial.system_attrs.get(PROPOSAL, {})))
+        pending = (arch_of(t, self.space) for t in running if t.number != current.number)
+        self._history.pending = [arch for arch in pending if arch is not None]
+        return self._history

@@ -1,0 +1,131 @@
+"""Strategies that walk from good architectures to their neighbours."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+from typing import ClassVar
+
+from nasbench.errors import SettingError, SpaceExhausted
+from nasbench.strategies.base import History, Strategy
+from search_spaces.base import Arch, SearchSpace
+
+
+@dataclass(frozen=True)
+class RegularizedEvolution(Strategy):
+    """Tournament selection, one mutation, and death by age.
+
+    After `population` random architectures, each proposal mutates the best of `sample` members drawn without
+    replacement from the last `population` finished trials.
+
+    Args:
+        population: members alive at once.
+        sample: members in a tournament.
+        aging: True: the oldest member dies (the paper). False: the worst does, so the population is the best so far.
+        crossover: chance that the winner is first crossed with the winner of a second tournament. 0 in the paper.
+
+    Example:
+        >>> from search_spaces import NASBench201
+        >>> space, history = NASBench201(), History()
+        >>> RegularizedEvolution().propose(space, history, Random(0)) in space
+        True
+
+    Source: Real et al., AAAI 2019, arXiv:1802.01548, with population 100 and sample 25; the defaults here suit studies
+    of tens to hundreds of trials. A worker counts finished trials only, so several workers may draw more than
+    `population` random architectures at the start.
+    """
+
+    population: int = 10
+    sample: int = 3
+    aging: bool = True
+    crossover: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.sample <= self.population:
+            raise SettingError(
+                f"RegularizedEvolution draws sample={self.sample} of population={self.population} members. "
+                "Choose 1 <= sample <= population."
+            )
+        if not 0 <= self.crossover <= 1:
+            raise SettingError(f"crossover={self.crossover} is a chance. Choose a number from 0 to 1.")
+
+    def propose(self, space: SearchSpace, history: History, rng: Random) -> Arch:
+        """Draw at random until the population is full, then mutate a tournament's winner."""
+        if len(history) < self.population:
+            return space.sample(rng)
+        if self.aging:
+            members = history[-self.population :]
+        else:
+            members = heapq.nlargest(self.population, history, key=lambda trial: (trial.score, -trial.number))
+
+        def winner() -> Arch:
+            return max(rng.sample(members, self.sample), key=lambda trial: trial.score).arch
+
+        arch = winner()
+        if self.crossover and rng.random() < self.crossover:
+            arch = space.crossover(arch, winner(), rng)
+        return space.mutate(arch, rng)
+
+
+@dataclass(frozen=True)
+class LocalSearch(Strategy):
+    """Hill climbing: try the neighbours of the current architecture in random order, move to the first that is better.
+
+    When every neighbour was tried and none is better, the climb starts again from a random architecture.
+
+    Example:
+        >>> from nasbench.strategies.base import PastTrial
+        >>> from search_spaces import NASBench201
+        >>> space = NASBench201()
+        >>> start = space.sample(Random(0))
+        >>> step = LocalSearch().propose(space, History([PastTrial(0, start, (0.9,))]), Random(1))
+        >>> step in list(space.neighbours(start))
+        True
+
+    Source: White et al., UAI 2021, arXiv:2005.02960; there all neighbours are evaluated before a move, here the first
+    improvement is taken.
+    """
+
+    def propose(self, space: SearchSpace, history: History, rng: Random) -> Arch:
+        """Replay the climb from the history, then take its next step."""
+        tried = set[Arch]()
+        score, untried = float("-inf"), set[Arch]()
+        for trial in history:
+            tried.add(trial.arch)
+            if not untried or (trial.arch in untried and trial.score > score):
+                score, untried = trial.score, set(space.neighbours(trial.arch)) - tried
+            else:
+                untried.discard(trial.arch)
+        steps = sorted(untried.difference(history.pending), key=space.index)
+        return rng.choice(steps) if steps else space.sample(rng)
+
+
+@dataclass(frozen=True)
+class Grid(Strategy):
+    """Every architecture of a space once, in the order of `space.index`, one of each canonical class.
+
+    When all were tried the search ends normally, whatever its `trials`.
+
+    Example:
+        >>> from search_spaces import NASBench201
+        >>> Grid().propose(NASBench201(), History(), Random(0)) == NASBench201().at(0)
+        True
+    """
+
+    many_objectives: ClassVar[bool] = True
+
+    def propose(self, space: SearchSpace, history: History, rng: Random) -> Arch:
+        """Return the first architecture that is neither finished nor pending."""
+        pending = set(history.pending)
+        for arch in canonical_archs(space):
+            if arch not in history.tried and arch not in pending:
+                return arch
+        raise SpaceExhausted(f"all {len(canonical_archs(space))} architectures of {type(space).__name__} were proposed.")
+
+
+@lru_cache(maxsize=8)
+def canonical_archs(space: SearchSpace) -> tuple[Arch, ...]:
+    """Return one valid architecture for each canonical class of the space, in the order of `space.index`."""
+    return tuple(arch for arch in space.archs() if space.canonical(arch) == arch)

@@ -1,0 +1,534 @@
+"""The verb `search`: names become objects here, a study is opened or continued, workers fill it, a result comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+import torch
+import torch.distributed as dist
+from filelock import FileLock
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, InMemoryStorage
+
+import search_spaces
+from nasbench import strategies
+from nasbench.data import Data
+from nasbench.errors import ResumeError, SettingError, StudyError
+from nasbench.objective import Constraint, FunctionObjective, Objective, TableObjective, TrainObjective, resolve
+from nasbench.result import SearchResult, collect
+from nasbench.strategies import OptunaStrategy, Strategy
+from nasbench.training import Recipe
+from nasbench.worker import Worker
+from search_spaces.base import Arch, SearchSpace, nearest
+
+if TYPE_CHECKING:
+    from nasbench.table import Table
+
+CONDITIONS = "nasbench"
+"""The study attribute that says what a study was made of."""
+
+_PRUNERS = {
+    "median": optuna.pruners.MedianPruner,
+    "hyperband": optuna.pruners.HyperbandPruner,
+    "halving": optuna.pruners.SuccessiveHalvingPruner,
+}
+_RECIPE = {field.name for field in dataclasses.fields(Recipe)}
+
+
+def search(
+    space: SearchSpace,
+    data: Data | Table | Callable[[Arch], Mapping[str, float]] | Objective,
+    strategy: str | Strategy | OptunaStrategy | BaseSampler = "evolution",
+    *,
+    objectives: str | Sequence[str] | Mapping[str, str] | None = None,
+    trials: int = 30,
+    timeout: float | None = None,
+    constraints: str | Sequence[str] = (),
+    metrics: Sequence[str] = (),
+    pruner: str | optuna.pruners.BasePruner | None = None,
+    study: str | optuna.Study | None = None,
+    storage: str | BaseStorage | None = None,
+    folder: str | Path = "runs",
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    device: str = "auto",
+    workers: int = 1,
+    progress: bool = True,
+    **settings: Any,
+) -> SearchResult:
+    """Search a space for the architecture that does best, and return all that was tried.
+
+    Run the same line again and the study continues where it was: the trial that was running goes on from its
+    checkpoint, and a study that has all its trials returns at once. Ctrl-C returns the result so far.
+
+    Args:
+        space: what to search. Its `classes` and `in_channels` are taken from the data where they were left out.
+        data: images to train on (`nasbench.data.load`), a `Table` to look results up in, or a function from an
+            architecture to a mapping of metrics; or an `Objective`.
+        strategy: a name ("evolution", "local_search", "grid", "random", "tpe", "gp", "nsga2", "nsga3"), a strategy, or
+            an Optuna sampler (used as it is: only named strategies resume exactly).
+        objectives: metrics to optimise. A name whose better direction is known, several, or {name: "maximize"}.
+            Default with data or a table: "val_accuracy".
+        trials: how many finished trials the study is to have in all.
+        timeout: seconds after which to stop; the running trial continues in the next call.
+        constraints: bounds such as "params<1e6". Parameters and MACs are checked before anything is trained; a
+            violator is stored as pruned and does not count.
+        metrics: more metrics to measure: "bytes", "peak_bytes", "latency_ms".
+        pruner: "median", "hyperband", "halving" or an Optuna pruner; one objective only.
+        study: name of the study, or an Optuna study of your own. Default: a new name for training; nothing is kept of
+            a table or function search.
+        storage: an Optuna storage or URL ("sqlite:///x.db", "postgresql://..."), or a journal file ("x.log").
+            Default: study.db in the study's folder.
+        folder: where study folders lie; a study's is `folder`/NAME.
+        seed: of everything random. One worker, interrupted or not, gives the same study for the same seed.
+        recipe: how to train; further keywords that `Recipe` has (`epochs=4`) change it.
+        device: where to train: "auto", "cpu", "cuda:0".
+        workers: processes that fill the study side by side; needs a data set that can be loaded again by name.
+        progress: show bars and say where results went.
+        **settings: fields of `Recipe`, or settings of a strategy given by name (`population=20`).
+
+    Raises:
+        SettingError: an unknown strategy, metric, setting or budget, before any work.
+        ArchError: the space does not fit the data.
+        ResumeError: the study was written with other settings.
+        StudyError: the study cannot be read, or five trials in a row failed.
+
+    Example:
+        >>> from search_spaces import NASBench201
+        >>> result = search(NASBench201(), lambda arch: {"score": 1.0}, "random", objectives={"score": "maximize"},
+        ...                 trials=3, progress=False)
+        >>> len(result.trials)
+        3
+    """
+    _check_budget(trials, timeout, workers)
+    recipe_changes = {k: v for k, v in settings.items() if k in _RECIPE}
+    strategy = _strategy(strategy, {k: v for k, v in settings.items() if k not in _RECIPE})
+    space, objective = _objective(space, data, recipe, recipe_changes, seed, device)
+    directions = resolve(objectives, objective)
+    limits = [Constraint.parse(c) for c in ([constraints] if isinstance(constraints, str) else constraints)]
+    _check_metrics([*metrics, *(c.metric for c in limits)], objective)
+    objective.want([*directions, *(c.metric for c in limits), *metrics])
+    _check_combination(strategy, directions, pruner, objective)
+    if workers > 1 and not (isinstance(objective, TrainObjective) and objective.data.spec and not isinstance(study, optuna.Study)):
+        raise SettingError(
+            f"workers={workers} starts processes that load the data by name; this objective cannot be loaded by name. "
+            "Use nasbench.data.load(...), or start more processes with the same study and storage yourself."
+        )
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return _follow(objective, space)
+
+    conditions = {
+        "space": json.loads(space.to_json()),
+        "space_fingerprint": space.fingerprint,
+        "objective": objective.settings(),
+        "objectives": directions,
+        "constraints": [str(c) for c in limits],
+        "strategy": strategies.describe(strategy),
+        "pruner": pruner if pruner is None or isinstance(pruner, str) else type(pruner).__name__,
+        "seed": seed,
+        "trials": trials,
+    }
+    sampler = strategy if isinstance(strategy, BaseSampler) else strategy.sampler(space, seed)
+    home = _home(study, storage, Path(folder), space, objective, conditions)
+    opened = _open(study, storage, home, sampler, _pruner(pruner), conditions, seed)
+    helpers = [_spawn(opened, storage, home, trials, device) for _ in range(workers - 1)]
+    worker = Worker(
+        opened,
+        space,
+        objective,
+        list(directions),
+        trials=trials,
+        constraints=limits,
+        folder=home,
+        deadline=time.monotonic() + (timeout if timeout is not None else float("inf")),
+        watched=pruner is not None,
+        progress=progress,
+    )
+    try:
+        with _quiet():
+            worker.work()
+    except KeyboardInterrupt:
+        print("interrupted: this is the result so far; run the same line again to go on", file=sys.stderr)
+    finally:
+        for helper in helpers:
+            if timeout is not None or sys.exc_info()[0] is not None:
+                helper.terminate()
+            helper.wait()
+        if dist.is_initialized():
+            dist.broadcast_object_list([None])
+    result = collect(opened, space, directions, home, conditions)
+    if dist.is_initialized():
+        dist.broadcast_object_list([result.to_json()])
+    if home is not None:
+        result.save(home / "result.json")
+        if result.complete:
+            result.report()
+            result.plot(home / "search.png")
+        if progress:
+            print(f"{result!r}\nreport: {home / 'report.html'}", file=sys.stderr)
+    return result
+
+
+# From names to objects ---------------------------------------------------------------------------------------------
+
+
+def _check_budget(trials: int, timeout: float | None, workers: int) -> None:
+    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
+        raise SettingError(f"trials={trials!r}: a search needs a whole number of trials, at least 1.")
+    if timeout is not None and not timeout > 0:
+        raise SettingError(f"timeout={timeout!r}: give a positive number of seconds, or leave it out.")
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise SettingError(f"workers={workers!r}: a search needs at least one worker.")
+
+
+def _strategy(
+    strategy: str | Strategy | OptunaStrategy | BaseSampler, settings: Mapping[str, Any]
+) -> Strategy | OptunaStrategy | BaseSampler:
+    if isinstance(strategy, str):
+        return strategies.make(strategy, **settings)
+    if settings:
+        raise SettingError(
+            f"search has no setting {next(iter(settings))!r}; {nearest(next(iter(settings)), _RECIPE)} "
+            "A strategy that is given as an object carries its own settings."
+        )
+    if not isinstance(strategy, Strategy | OptunaStrategy | BaseSampler):
+        raise SettingError(f"strategy is {strategy!r:.80}: give a name, a Strategy or an Optuna sampler.")
+    return strategy
+
+
+def _objective(
+    space: SearchSpace, data: Any, recipe: Recipe | None, changes: Mapping[str, Any], seed: int, device: str
+) -> tuple[SearchSpace, Objective]:
+    if not isinstance(space, SearchSpace):
+        raise SettingError(f"space is {space!r:.80}, not a SearchSpace. Try search_spaces.NASBench201().")
+    if hasattr(space, "objective"):
+        return space, space.objective(data, recipe=recipe, seed=seed, device=device, **changes)
+    if isinstance(data, Data):
+        space = space.bind(data)
+        recipe = dataclasses.replace(recipe or Recipe(), **changes)
+        return space, TrainObjective(space, data, recipe, seeds=(seed,), device=device)
+    if recipe is not None or changes:
+        given = next(iter(changes), "recipe")
+        raise SettingError(f"{given!r} is about training, but nothing is trained: the metrics come from {type(data).__name__}.")
+    if isinstance(data, Objective):
+        return (data.space if isinstance(data, TrainObjective) else space), data
+    from nasbench.table import Table
+
+    if isinstance(data, Table):
+        data.check(space)
+        return space, TableObjective(data)
+    if callable(data):
+        return space, FunctionObjective(data)
+    raise SettingError(
+        f"data is {type(data).__name__} {data!r:.60}: give nasbench.data.load(...), a Table, or a function from an "
+        "architecture to metrics."
+    )
+
+
+def _check_metrics(names: Sequence[str], objective: Objective) -> None:
+    for name in names:
+        if objective.names is not None and name not in objective.names:
+            raise SettingError(f"the objective does not report {name!r}; {nearest(name, objective.names)}")
+
+
+def _check_combination(strategy: Any, directions: Mapping[str, str], pruner: Any, objective: Objective) -> None:
+    if len(directions) > 1 and not getattr(strategy, "many_objectives", True):
+        raise SettingError(
+            f"{type(strategy).__name__} follows one objective, not {', '.join(directions)}. "
+            'Use strategy="nsga2" or "tpe", or make constraints of the others.'
+        )
+    if pruner is None:
+        return
+    if len(directions) > 1:
+        raise SettingError(f"a pruner follows one objective, not {', '.join(directions)}. Leave pruner out.")
+    if list(directions) != ["val_accuracy"] or not objective.trains:
+        raise SettingError("a pruner compares validation accuracies between epochs: it needs data and objectives='val_accuracy'.")
+    if isinstance(pruner, str) and pruner not in _PRUNERS:
+        raise SettingError(f"no pruner is called {pruner!r}; {nearest(pruner, _PRUNERS)}")
+
+
+def _pruner(pruner: str | optuna.pruners.BasePruner | None) -> optuna.pruners.BasePruner:
+    if isinstance(pruner, str):
+        return _PRUNERS[pruner]()
+    return pruner or optuna.pruners.NopPruner()
+
+
+# Opening a study ---------------------------------------------------------------------------------------------------
+
+
+def _home(
+    study: str | optuna.Study | None,
+    storage: Any,
+    folder: Path,
+    space: SearchSpace,
+    objective: Objective,
+    conditions: Mapping[str, Any],
+) -> Path | None:
+    """Return the study's folder, or None if nothing is to be kept."""
+    if isinstance(study, optuna.Study):
+        if isinstance(study._storage, InMemoryStorage) and not objective.trains:
+            return None
+        name = study.study_name
+    elif study is None and storage is None and not objective.trains:
+        return None
+    elif study is None:
+        data = conditions["objective"].get("data", {}).get("name", conditions["objective"]["kind"])
+        stem = f"{type(space).__name__.lower()}-{data}-{conditions['strategy']['name']}".replace(":", "-").replace("/", "-")
+        name = next(n for n in (f"{stem}-{i}" for i in range(1, 1_000_000)) if not (folder / n).exists())
+    else:
+        name = study
+    if not name or Path(name).name != name or name in (".", ".."):
+        raise SettingError(f"study name {name!r} cannot be a folder name: use letters, digits, dots and dashes.")
+    home = folder / name
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with (home / "study.lock").open("a"):
+            pass
+    except OSError as error:
+        raise StudyError(f"cannot write to the study's folder {home}: {error.strerror}. Choose another with folder=...") from None
+    return home
+
+
+def _open(
+    study: str | optuna.Study | None,
+    storage: Any,
+    home: Path | None,
+    sampler: BaseSampler,
+    pruner: optuna.pruners.BasePruner,
+    conditions: dict[str, Any],
+    seed: int,
+) -> optuna.Study:
+    directions = list(conditions["objectives"].values())
+    if isinstance(study, optuna.Study):
+        own = [d.name.lower() for d in study.directions]
+        if own != directions:
+            raise SettingError(f"your Optuna study has directions {own}, the objectives need {directions}.")
+        study.sampler, study.pruner = sampler, pruner
+        return study
+    with _quiet():
+        if home is None:
+            return optuna.create_study(directions=directions, sampler=sampler, pruner=pruner)
+        with FileLock(home / "study.lock"):
+            return _open_stored(home.name, open_storage(storage, home), sampler, pruner, conditions, directions)
+
+
+def _open_stored(
+    name: str, storage: Any, sampler: BaseSampler, pruner: Any, conditions: dict[str, Any], directions: list[str]
+) -> optuna.Study:
+    try:
+        known = name in optuna.get_all_study_names(storage)
+        opened = (
+            optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
+            if known
+            else optuna.create_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner, directions=directions)
+        )
+        environment = _environment()
+        if CONDITIONS not in opened.user_attrs:
+            if known and opened.get_trials(deepcopy=False):
+                raise ResumeError(
+                    f"study {name!r} in this storage was not written by nasbench. Choose another name, or pass the study "
+                    "itself: study=optuna.load_study(...)."
+                )
+            opened.set_user_attr(CONDITIONS, {**conditions, "environment": environment})
+            return opened
+    except StudyError:
+        raise
+    except Exception as error:
+        raise StudyError(f"study {name!r} cannot be read ({type(error).__name__}: {error!s:.300}). {_damage(storage)}") from error
+    _check_conditions(name, opened.user_attrs[CONDITIONS], conditions, environment)
+    return opened
+
+
+def _damage(storage: Any) -> str:
+    return "If its file is damaged, restore it from a copy or delete the study's folder and start again."
+
+
+def _check_conditions(name: str, old: Mapping[str, Any], new: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    old = json.loads(json.dumps(old))
+    new = json.loads(json.dumps(new))
+    for key in ("space", "space_fingerprint", "objective", "objectives", "constraints", "strategy", "pruner", "seed"):
+        if old.get(key) != new[key]:
+            was, now = _difference(old.get(key), new[key])
+            raise ResumeError(
+                f"study {name!r} was written with {key} {was}; this call has {now}. "
+                "Restore the setting, or choose a new study name."
+            )
+    before = old.get("environment", {})
+    changed = [f"{k} {before.get(k)} before, {v} now" for k, v in environment.items() if before.get(k) != v]
+    if changed:
+        warnings.warn(
+            f"study {name!r} continues under other conditions ({'; '.join(changed)}): results may differ in the last bits "
+            "from an unbroken run.",
+            stacklevel=5,
+        )
+
+
+def _difference(old: Any, new: Any) -> tuple[str, str]:
+    """Return only the entries that differ, for a message."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+        if len(keys) == 1 and isinstance(old.get(keys[0]), dict) and isinstance(new.get(keys[0]), dict):
+            return _difference(old[keys[0]], new[keys[0]])
+        return ", ".join(f"{k}={old.get(k)}" for k in keys), ", ".join(f"{k}={new.get(k)}" for k in keys)
+    return str(old), str(new)
+
+
+def _environment() -> dict[str, Any]:
+    return {"threads": torch.get_num_threads(), "torch": version("torch"), "optuna": version("optuna"), "machine": platform.machine()}
+
+
+def open_storage(storage: str | BaseStorage | None, home: Path) -> BaseStorage:
+    """Return the Optuna storage for a URL, a journal file or None (study.db in the study's folder).
+
+    Raises:
+        StudyError: the storage cannot be opened.
+    """
+    if isinstance(storage, BaseStorage):
+        return storage
+    text = str(storage) if storage is not None else f"sqlite:///{home / 'study.db'}"
+    try:
+        if text.startswith("journal:///") or text.endswith((".log", ".journal")):
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalFileBackend
+
+            return JournalStorage(JournalFileBackend(text.removeprefix("journal:///")))
+        if "://" not in text:
+            raise SettingError(
+                f"storage {text!r} is neither a URL nor a journal file. Write sqlite:///{text}, postgresql://..., or a name "
+                "that ends in .log."
+            )
+        sqlite = text.startswith("sqlite")
+        return optuna.storages.RDBStorage(
+            text,
+            heartbeat_interval=None if sqlite else 60,
+            grace_period=None if sqlite else 180,
+            engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else None,
+        )
+    except SettingError:
+        raise
+    except Exception as error:
+        raise StudyError(f"storage {text!r} cannot be opened ({type(error).__name__}: {error!s:.300}). {_damage(text)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Optuna from logging every trial beside our bar."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+# More processes ----------------------------------------------------------------------------------------------------
+
+
+def _spawn(study: optuna.Study, storage: Any, home: Path | None, trials: int, device: str) -> subprocess.Popen[bytes]:
+    assert home is not None
+    url = storage if isinstance(storage, str) else f"sqlite:///{home / 'study.db'}"
+    command = [sys.executable, "-m", "nasbench", "worker", "--study", home.name, "--storage", url]
+    command += ["--folder", str(home.parent), "--trials", str(trials), "--device", device, "--quiet"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, env=environment)
+
+
+def join(
+    study: str,
+    storage: str | None = None,
+    *,
+    trials: int | None = None,
+    folder: str | Path = "runs",
+    space: SearchSpace | None = None,
+    device: str = "auto",
+    timeout: float | None = None,
+    progress: bool = True,
+) -> SearchResult:
+    """Work on a study that another process began: everything it needs is read from the storage.
+
+    Args:
+        study: the study's name.
+        storage: as for `search`; default: study.db in the study's folder.
+        trials: finished trials the study is to have in all.
+        space: a space of your own; spaces of `search_spaces` are made by name. No import path is read from the storage.
+
+    Raises:
+        StudyError: there is no such study, or its objective cannot be rebuilt here (a function, a table, arrays).
+    """
+    conditions = stored_conditions(study, storage, folder)
+    objective = conditions["objective"]
+    if objective["kind"] != "train" or not objective["data"]["load"]:
+        raise StudyError(
+            f"study {study!r} evaluates a {objective['kind']} objective that no other process can rebuild. "
+            "Run the same search line in each process instead."
+        )
+    settings = dict(conditions["space"])
+    name = settings.pop("space")
+    if space is None:
+        space = search_spaces.space(name.lower(), **settings)
+    chosen = dict(conditions["strategy"])
+    return search(
+        space,
+        TrainObjective.from_settings(space, objective, device=device),
+        chosen.pop("name"),
+        objectives=conditions["objectives"],
+        trials=trials or conditions["trials"],
+        timeout=timeout,
+        constraints=conditions["constraints"],
+        metrics=objective["extra"],
+        pruner=conditions["pruner"],
+        study=study,
+        storage=storage,
+        folder=folder,
+        seed=conditions["seed"],
+        progress=progress,
+        **chosen,
+    )
+
+
+def stored_conditions(study: str, storage: str | None = None, folder: str | Path = "runs") -> dict[str, Any]:
+    """Return what a stored study was made of.
+
+    Raises:
+        StudyError: there is no such study, or nasbench did not write it.
+    """
+    home = Path(folder) / study
+    if storage is None and not (home / "study.db").exists():
+        raise StudyError(f"there is no study {study!r} in {Path(folder)}/. Name another folder, or give its storage.")
+    with _quiet():
+        opened = open_storage(storage, home)
+        try:
+            names = optuna.get_all_study_names(opened)
+            if study not in names:
+                raise StudyError(f"this storage has no study {study!r}; {nearest(study, names)}")
+            attrs = optuna.load_study(study_name=study, storage=opened).user_attrs
+        except StudyError:
+            raise
+        except Exception as error:
+            raise StudyError(f"study {study!r} cannot be read ({type(error).__name__}: {error!s:.300}).") from error
+    if CONDITIONS not in attrs:
+        raise StudyError(f"study {study!r} was not written by nasbench.")
+    return dict(attrs[CONDITIONS])
+
+
+def _follow(objective: Objective, space: SearchSpace) -> SearchResult:
+    """On ranks above 0: train what rank 0 announces, then receive its result."""
+    if not isinstance(objective, TrainObjective):
+        raise SettingError("data-parallel processes are for training: start a table or function search in one process.")
+    objective.follow()
+    message: list[Any] = [None]
+    dist.broadcast_object_list(message)
+    return SearchResult.from_json(message[0], space)

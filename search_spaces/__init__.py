@@ -1,0 +1,64 @@
+"""Search spaces: what can be built. Imports torch only, and each space on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from search_spaces.base import Arch, ArchError, SearchSpace, nearest
+    from search_spaces.nasbench201 import NASBench201
+    from search_spaces.resnet import ResNet
+
+__all__ = ["SPACES", "Arch", "ArchError", "NASBench201", "ResNet", "SearchSpace", "nearest", "space"]
+
+SPACES = {  # name on the command line -> module:class
+    "nasbench201": "search_spaces.nasbench201:NASBench201",
+    "resnet": "search_spaces.resnet:ResNet",
+}
+_HOMES = dict.fromkeys(("Arch", "ArchError", "SearchSpace", "nearest"), "search_spaces.base") | {
+    "NASBench201": "search_spaces.nasbench201",
+    "ResNet": "search_spaces.resnet",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'search_spaces' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def space(name: str, /, **settings: Any) -> SearchSpace:
+    """Return a space by the name of `SPACES`, in any case, or by ``module:class``, with these settings.
+
+    ``module:class`` imports that module, so it runs code: take it from a user, never from a file or a database.
+
+    Raises:
+        ArchError: no such name, module, class or setting.
+
+    Example:
+        >>> space("nasbench201", channels=8, cells=1)
+        NASBench201(channels=8, cells=1, classes=None, in_channels=None)
+    """
+    from search_spaces.base import ArchError, SearchSpace, nearest
+
+    path = name if ":" in name else SPACES.get(name.lower())
+    if path is None:
+        raise ArchError(f"there is no search space {name!r}; {nearest(name.lower(), SPACES)} Your own: 'module:class'.")
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        raise ArchError(
+            f"cannot load the search space {name!r}: {error}. Write 'module:class', for a module that python can find."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, SearchSpace)):
+        raise ArchError(f"{name!r} is {found!r}, not a subclass of search_spaces.SearchSpace.")
+    try:
+        return found(**settings)
+    except TypeError as error:
+        raise ArchError(f"cannot make {found.__name__} with {settings}: {error}.") from error

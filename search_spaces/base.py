@@ -1,0 +1,324 @@
+"""Architectures and search spaces: a space is a mapping of named choices, an architecture one option for each."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from random import Random
+from typing import Any, Self
+
+from torch import nn
+
+Option = str | int | float | None
+Choices = Mapping[str, tuple[Option, ...]]
+
+
+class ArchError(ValueError):
+    """An architecture does not belong to the space it was given to."""
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Return the end of an error message: the nearest known names, then all of them.
+
+    Example:
+        >>> nearest("nasbench21", ["darts", "nasbench201"])
+        "did you mean 'nasbench201'? Known: darts, nasbench201."
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"{guess}Known: {', '.join(names)}."
+
+
+class Arch(Mapping[str, Option]):
+    """One option for every decision of a space: a frozen, hashable mapping, ordered like the space.
+
+    Get one from a space (``space.sample(rng)``, ``space.arch(...)``), which checks it; the constructor only stores it.
+
+    Example:
+        >>> arch = Arch({"depth": 2, "width": 16})
+        >>> arch
+        Arch(depth=2, width=16)
+        >>> Arch.from_json(arch.to_json()) == arch
+        True
+        >>> arch | {"width": 32}
+        Arch(depth=2, width=32)
+    """
+
+    __slots__ = ("_hash", "_values")
+
+    def __init__(self, values: Mapping[str, Option]) -> None:
+        self._values = dict(values)
+        self._hash: int | None = None
+
+    def __getitem__(self, name: str) -> Option:
+        try:
+            return self._values[name]
+        except KeyError:
+            raise KeyError(f"{name!r} is no decision of this architecture; {nearest(name, self._values)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash(frozenset(self._values.items()))
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self._values == other._values if isinstance(other, Arch) else NotImplemented
+
+    def __or__(self, changes: Mapping[str, Option]) -> Arch:
+        return Arch(self._values | dict(changes))
+
+    def __repr__(self) -> str:
+        plain = all(name.isidentifier() for name in self._values)
+        items = (f"{k}={v!r}" if plain else f"{k!r}: {v!r}" for k, v in self._values.items())
+        return f"Arch({', '.join(items)})" if plain else f"Arch({{{', '.join(items)}}})"
+
+    def __reduce__(self) -> tuple[type[Arch], tuple[dict[str, Option]]]:
+        return Arch, (self._values,)
+
+    def to_json(self) -> str:
+        """Return the architecture as a JSON object, in the order of its decisions."""
+        return json.dumps(self._values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Arch:
+        """Read what `to_json` wrote. Check it with ``space.check(arch)``.
+
+        Raises:
+            ArchError: the text is no JSON object of strings, numbers and nulls.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ArchError(f"not an architecture: {text[:80]!r} is no JSON ({error}). Write one with arch.to_json().") from None
+        if not isinstance(values, dict) or not all(v is None or type(v) in (str, int, float) for v in values.values()):
+            raise ArchError(
+                f"not an architecture: {text[:80]!r} is no JSON object of strings, numbers and nulls. "
+                "Write one with arch.to_json()."
+            )
+        return cls(values)
+
+
+class SearchSpace(ABC):
+    """What can be built: named choices, and a network for every assignment of them.
+
+    A space is one file with one frozen dataclass: its fields are its settings, `choices` and `build` its substance.
+    Settings `classes` and `in_channels` may be left ``None``; `bind` fills them in from the data. Everything else here
+    is derived; `is_valid`, `canonical`, `graph` and `parse` are the hooks a space may override.
+
+    Example:
+        >>> from random import Random
+        >>> from search_spaces import NASBench201
+        >>> space = NASBench201(channels=8, cells=1, classes=10, in_channels=1)
+        >>> space.size
+        15625
+        >>> arch = space.sample(Random(0))
+        >>> arch in space, space.decode(space.encode(arch)) == arch
+        (True, True)
+    """
+
+    @property
+    @abstractmethod
+    def choices(self) -> Choices:
+        """The decisions, in order, each with its options (cache it: `functools.cached_property`)."""
+
+    @abstractmethod
+    def build(self, arch: Arch) -> nn.Module:
+        """Return a fresh network of the architecture: (B, in_channels, H, W) images to (B, classes) logits.
+
+        Raises:
+            ArchError: the architecture is not of this space, or the space is not bound to data.
+        """
+
+    # Hooks ---------------------------------------------------------------------------------------------------------
+
+    def is_valid(self, arch: Arch) -> bool:
+        """Whether an assignment of legal options is a legal architecture. All are, unless a space says otherwise."""
+        return True
+
+    def canonical(self, arch: Arch) -> Arch:
+        """Return the one architecture that stands for all that compute the same function, so none is trained twice."""
+        return arch
+
+    def graph(self, arch: Arch) -> list[tuple[str, str, str]]:
+        """Return the architecture as edges (from, to, label) for drawing. Default: the decisions as a chain."""
+        steps = [f"{name} = {option}" for name, option in arch.items()]
+        nodes = ["input", *steps, "output"]
+        return [(a, b, "") for a, b in zip(nodes, nodes[1:], strict=False)]
+
+    def parse(self, text: str) -> Arch:
+        """Read an architecture of this space from text: JSON, or a space's own notation."""
+        return self.check(Arch.from_json(text))
+
+    # Membership ----------------------------------------------------------------------------------------------------
+
+    def arch(self, values: Mapping[str, Option] | None = None, /, **named: Option) -> Arch:
+        """Return the checked architecture with these options, ordered like the space."""
+        return self.check(Arch({**(values or {}), **named}))
+
+    def check(self, arch: Mapping[str, Option]) -> Arch:
+        """Return the architecture, ordered like the space, or say what is wrong with it.
+
+        Raises:
+            ArchError: a decision is missing or unknown, an option is not among the choices, or `is_valid` says no.
+        """
+        name = type(self).__name__
+        hint = "Use space.sample(rng), or test with `arch in space`."
+        if not isinstance(arch, Mapping):
+            raise ArchError(f"{name} was given {type(arch).__name__} {arch!r:.80}, not an architecture. {hint}")
+        if missing := [d for d in self.choices if d not in arch]:
+            raise ArchError(f"an architecture of {name} needs {', '.join(map(repr, missing))}, got {dict(arch)}. {hint}")
+        if unknown := [d for d in arch if d not in self.choices]:
+            raise ArchError(f"{name} has no decision {unknown[0]!r}; {nearest(unknown[0], self.choices)} {hint}")
+        for decision, options in self.choices.items():
+            option = arch[decision]
+            if not any(option == o and type(option) is type(o) for o in options):
+                raise ArchError(
+                    f"decision {decision!r} of {name} has option {option!r}; choices are {', '.join(map(repr, options))}. {hint}"
+                )
+        ordered = Arch({d: arch[d] for d in self.choices})
+        if not self.is_valid(ordered):
+            raise ArchError(f"{ordered} breaks a rule of {name}: {(type(self).is_valid.__doc__ or '').strip()} {hint}")
+        return ordered
+
+    def __contains__(self, arch: object) -> bool:
+        try:
+            self.check(arch)  # type: ignore[arg-type]
+        except ArchError:
+            return False
+        return True
+
+    # Moves ---------------------------------------------------------------------------------------------------------
+
+    def sample(self, rng: Random) -> Arch:
+        """Draw an architecture uniformly: every decision on its own, redrawn until `is_valid`."""
+        return self._redraw(lambda: Arch({d: rng.choice(options) for d, options in self.choices.items()}))
+
+    def mutate(self, arch: Arch, rng: Random) -> Arch:
+        """Change one decision, chosen uniformly, to another of its options, redrawn until `is_valid`."""
+        free = [d for d, options in self.choices.items() if len(options) > 1]
+        if not free:
+            raise ArchError(f"{type(self).__name__} has one architecture only: there is nothing to mutate.")
+
+        def draw() -> Arch:
+            decision = rng.choice(free)
+            return arch | {decision: rng.choice([o for o in self.choices[decision] if o != arch[decision]])}
+
+        return self._redraw(draw)
+
+    def crossover(self, a: Arch, b: Arch, rng: Random) -> Arch:
+        """Take every decision from one parent or the other with equal chance, redrawn until `is_valid`."""
+        return self._redraw(lambda: Arch({d: rng.choice((a, b))[d] for d in self.choices}))
+
+    def neighbours(self, arch: Arch) -> Iterator[Arch]:
+        """Yield every valid architecture that differs from this one in exactly one decision, in the space's order."""
+        for decision, options in self.choices.items():
+            for option in options:
+                if option != arch[decision]:
+                    candidate = arch | {decision: option}
+                    if self.is_valid(candidate):
+                        yield candidate
+
+    def _redraw(self, draw: Any) -> Arch:
+        for _ in range(10_000):
+            candidate: Arch = draw()
+            if self.is_valid(candidate):
+                return candidate
+        raise ArchError(f"no valid architecture of {type(self).__name__} in 10,000 draws: is_valid is too strict to sample.")
+
+    # Numbers -------------------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """The number of assignments, valid or not: the product of the numbers of options."""
+        return math.prod(len(options) for options in self.choices.values())
+
+    def encode(self, arch: Mapping[str, Option]) -> tuple[int, ...]:
+        """Return the position of every option among its choices."""
+        return tuple(options.index(arch[d]) for d, options in self.choices.items())
+
+    def decode(self, code: Sequence[int]) -> Arch:
+        """Return the architecture whose `encode` is this.
+
+        Raises:
+            ArchError: the code has the wrong length or a position out of range.
+        """
+        if len(code) != len(self.choices):
+            raise ArchError(f"a code of {type(self).__name__} has {len(self.choices)} positions, got {len(code)}: {code!r}.")
+        for (decision, options), position in zip(self.choices.items(), code, strict=True):
+            if not 0 <= position < len(options):
+                raise ArchError(f"position {position} of decision {decision!r} is outside 0..{len(options) - 1}.")
+        return Arch({d: options[i] for (d, options), i in zip(self.choices.items(), code, strict=True)})
+
+    def index(self, arch: Mapping[str, Option]) -> int:
+        """Return the architecture's number in 0..size-1: its code read as digits, the first decision the highest."""
+        number = 0
+        for position, options in zip(self.encode(arch), self.choices.values(), strict=True):
+            number = number * len(options) + position
+        return number
+
+    def at(self, index: int) -> Arch:
+        """Return the architecture whose `index` is this.
+
+        Raises:
+            ArchError: the index is outside 0..size-1.
+        """
+        if not 0 <= index < self.size:
+            raise ArchError(f"{type(self).__name__} has architectures 0..{self.size - 1}, asked for {index}.")
+        code: list[int] = []
+        for options in reversed(list(self.choices.values())):
+            index, position = divmod(index, len(options))
+            code.append(position)
+        return self.decode(code[::-1])
+
+    def archs(self) -> Iterator[Arch]:
+        """Yield every valid architecture in the order of `index`."""
+        return (arch for arch in map(self.at, range(self.size)) if self.is_valid(arch))
+
+    # Settings ------------------------------------------------------------------------------------------------------
+
+    def bind(self, data: Any) -> Self:
+        """Return the space with `classes` and `in_channels` taken from the data where they were left ``None``.
+
+        Raises:
+            ArchError: the space was made for other classes or channels than the data has.
+        """
+        found = {"classes": getattr(data, "classes", None), "in_channels": getattr(data, "channels", None)}
+        changes = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if (value := found.get(field.name)) is not None:
+                if (own := getattr(self, field.name)) is None:
+                    changes[field.name] = value
+                elif own != value:
+                    raise ArchError(
+                        f"{type(self).__name__} was made with {field.name}={own}, the data has {value}. "
+                        f"Leave {field.name} out: it is taken from the data."
+                    )
+        return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
+
+    def require(self, *settings: str) -> None:
+        """Raise `ArchError` if one of these settings is still ``None``: the space was not bound to data."""
+        if unset := [s for s in settings if getattr(self, s) is None]:
+            name = type(self).__name__
+            raise ArchError(f"{name} does not know {' and '.join(unset)} yet. Use space.bind(data), or {name}({unset[0]}=...).")
+
+    def to_json(self) -> str:
+        """Return the space's class name and settings as JSON: what a study or a table is checked against."""
+        return json.dumps({"space": type(self).__name__, **dataclasses.asdict(self)})  # type: ignore[call-overload]
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits of the settings and choices: equal for equal spaces, in every process."""
+        text = self.to_json() + json.dumps({d: list(o) for d, o in self.choices.items()})
+        return hashlib.sha256(text.encode()).hexdigest()[:12]

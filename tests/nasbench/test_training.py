@@ -1,0 +1,810 @@
+"""Recipe, fit, checkpoints, scores, data-parallel training. Run as a script, this file is a worker process of its tests."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nasbench import training
+from nasbench.data import Data, from_arrays, load
+from nasbench.errors import CheckpointError, DataError, SettingError, TrainingDiverged
+from nasbench.training import Callback, Recipe, Run, evaluate, fit, init_distributed, pick_device, validate
+from search_spaces.operations import DropPath
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK: dict[str, Any] = {"device": "cpu", "progress": False, "batch_size": 8}
+
+
+def _data(images: int = 60) -> Data:
+    """Random 8 x 8 images of three classes: 48 to train on, so 6 steps of 8."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (images, 8, 8), np.uint8), np.arange(images) % 3
+    return from_arrays(x, y, x[::2], y[::2], name="noise")
+
+
+def _net(*, seed: int = 0, norm: bool = True, dropout: float = 0.3) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4) if norm else nn.Identity(),
+            nn.ReLU(),
+            DropPath(),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(256, 3),
+        )
+
+
+def _same(first: nn.Module, second: nn.Module) -> bool:
+    """Whether all weights and statistics are equal to the last bit."""
+    pairs = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+class _Stop(Callback):
+    """Raises in the given hook, the `count`-th time it is called."""
+
+    def __init__(self, hook: str, count: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.left = count
+
+        def stop(run: Run) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise error("stopped by the test")
+
+        setattr(self, hook, stop)
+
+
+class _Average(Callback):
+    """A moving average of the weights, which is wrong if a single step is missed or counted twice."""
+
+    def __init__(self) -> None:
+        self.mean: dict[str, Tensor] = {}
+        self.epochs = 0
+
+    def on_step(self, run: Run) -> None:
+        for name, tensor in run.model.named_parameters():
+            self.mean[name] = 0.9 * self.mean.get(name, torch.zeros(())) + 0.1 * tensor.detach()
+
+    def on_epoch(self, run: Run) -> None:
+        self.epochs += run.epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "epochs": self.epochs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean, self.epochs = state["mean"], state["epochs"]
+
+
+class TestRecipe:
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            ("epochs", 0, "epochs=0, but it must be a whole number, 1 or more"),
+            ("epochs", 1.5, "epochs=1.5, but it must be a whole number"),
+            ("epochs", True, "epochs=True, but it must be a whole number"),
+            ("batch_size", -8, "batch_size=-8, but it must be a whole number, 1 or more"),
+            ("cutout", -1, "cutout=-1, but it must be a whole number, 0 or more"),
+            ("optimizer", "sdg", "unknown optimizer 'sdg'; did you mean 'sgd'"),
+            ("lr", 0, "lr=0, but it must be a number above 0"),
+            ("lr", math.nan, "lr=nan, but it must be a number above 0"),
+            ("lr", "0.1", "lr='0.1', but it must be a number above 0"),
+            ("momentum", 1.0, "momentum=1.0, but it must be a number from 0 to below 1"),
+            ("label_smoothing", -0.1, "label_smoothing=-0.1, but it must be"),
+            ("drop_path", 1, "drop_path=1, but it must be a number from 0 to below 1"),
+            ("weight_decay", -1e-4, "weight_decay=-0.0001, but it must be a number, 0 or more"),
+            ("warmup", 11, "warmup=11, but it must be a number of epochs from 0 to epochs=10"),
+            ("clip", 0.0, "clip=0.0, but it must be a number above 0, or None"),
+            ("amp", "yes", "amp='yes', but it must be True, False or None"),
+            ("augment", 1, "augment=1, but it must be True or False"),
+        ],
+    )
+    def test_bad_value(self, field: str, value: object, message: str) -> None:
+        with pytest.raises(SettingError, match=f"^recipe: {message}"):
+            Recipe().replace(**{field: value})
+
+    def test_unknown_field_names_the_nearest(self) -> None:
+        with pytest.raises(SettingError, match="a recipe has no field 'epoch'; did you mean 'epochs'"):
+            Recipe().replace(epoch=3)
+
+    def test_json_keeps_everything(self) -> None:
+        recipe = Recipe(epochs=3, optimizer="adamw", lr=1e-3, clip=None, amp=False, cutout=2, warmup=0.5)
+        assert Recipe.from_json(recipe.to_json()) == recipe
+        assert Recipe.from_json('{"lr": 0.5}') == Recipe(lr=0.5)
+
+    def test_numbers_of_numpy_become_plain(self) -> None:
+        recipe = Recipe(epochs=np.int64(3), lr=np.float64(0.5), momentum=0)  # type: ignore[arg-type]
+        assert [type(value) for value in (recipe.epochs, recipe.lr, recipe.momentum)] == [int, float, float]
+        assert json.loads(recipe.to_json())["epochs"] == 3
+
+    @pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[1]", "must be an object such as")])
+    def test_bad_json(self, text: str, message: str) -> None:
+        with pytest.raises(SettingError, match=message):
+            Recipe.from_json(text)
+
+    def test_learning_rate_rises_then_falls_to_zero(self) -> None:
+        recipe = Recipe(epochs=10, lr=0.2, warmup=1.5)
+        rates = [recipe.learning_rate(step, 20) for step in range(200)]
+        assert rates[:3] == pytest.approx([0.2 / 30, 0.4 / 30, 0.6 / 30])
+        assert rates[29] == rates[30] == max(rates) == 0.2
+        assert all(a > b for a, b in itertools.pairwise(rates[30:]))
+        assert rates[115] == pytest.approx(0.1)
+        assert 0 < rates[-1] < 1e-4
+
+    def test_warm_up_to_the_very_end(self) -> None:
+        assert Recipe(epochs=2, lr=1.0, warmup=2).learning_rate(5, 3) == 1.0
+
+
+class TestFit:
+    def test_learns_digits(self) -> None:
+        data = load("digits")
+        model = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, 10),
+        )
+        assert fit(model, data, epochs=4, batch_size=64, device="cpu", progress=False) is model
+        assert validate(model, data)["val_accuracy"] > 0.93
+        assert evaluate(model, data)["test_accuracy"] > 0.93
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_equals_a_plain_loop(self, optimizer: str) -> None:
+        """The fused, clipped, channels-last loop computes what the textbook one does."""
+        data, model = _data(), _net(dropout=0.0)
+        other = copy.deepcopy(model)
+        recipe = Recipe(epochs=2, optimizer=optimizer, lr=0.02, clip=0.5, batch_size=8, warmup=0.5, label_smoothing=0.1)
+        fit(model, data, recipe, seed=5, device="cpu", progress=False)
+
+        tensors = list(other.parameters())
+        groups = [
+            {"params": [tensor for tensor in tensors if tensor.ndim > 1], "weight_decay": 5e-4},
+            {"params": [tensor for tensor in tensors if tensor.ndim == 1], "weight_decay": 0.0},
+        ]
+        if optimizer == "sgd":
+            plain: torch.optim.Optimizer = torch.optim.SGD(groups, 0.1, momentum=0.9, nesterov=True, foreach=False)
+        else:
+            plain = torch.optim.AdamW(groups, 0.1, betas=(0.9, 0.999), foreach=False)
+        for epoch in range(2):
+            for step, (x, y) in enumerate(data.train_batches(8, seed=5, epoch=epoch), 6 * epoch):
+                for group in plain.param_groups:
+                    group["lr"] = recipe.learning_rate(step, 6)
+                plain.zero_grad()
+                functional.cross_entropy(other(x.contiguous()), y, label_smoothing=0.1).backward()
+                nn.utils.clip_grad_norm_(tensors, 0.5)
+                plain.step()
+        for a, b in zip(model.parameters(), tensors, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+    def test_seed_decides_everything(self) -> None:
+        data = _data()
+        first, again, other = (fit(_net(), data, epochs=2, seed=seed, **QUICK) for seed in (1, 1, 2))
+        assert _same(first, again)
+        assert not _same(first, other)
+
+    def test_leaves_global_randomness_alone(self) -> None:
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        model = fit(_net(), _data(), epochs=1, **QUICK)
+        torch.rand(3)  # whatever was drawn before must not matter either
+        other = fit(_net(), _data(), epochs=1, **QUICK)
+        torch.set_rng_state(before[0])
+        fit(_net(), _data(), epochs=1, **QUICK)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]  # noqa: NPY002
+        assert _same(model, other)
+
+    def test_afterwards_model_is_ready_to_use(self) -> None:
+        model = fit(_net(), _data(), epochs=1, **QUICK)
+        assert not any(module.training for module in model.modules())
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_weight_decay_spares_norms_and_biases(self) -> None:
+        seen = {}
+
+        class Look(Callback):
+            def on_start(self, run: Run) -> None:
+                names = {parameter: name for name, parameter in run.model.named_parameters()}
+                for group in run.optimizer.param_groups:
+                    seen[group["weight_decay"]] = {names[parameter] for parameter in group["params"]}
+
+        fit(_net(), _data(), epochs=1, weight_decay=0.01, callbacks=[Look()], **QUICK)
+        assert seen == {0.01: {"0.weight", "6.weight"}, 0.0: {"0.bias", "1.weight", "1.bias", "6.bias"}}
+
+    def test_frozen_parameters_stay(self) -> None:
+        model = _net()
+        model[0].weight.requires_grad_(False)
+        before = model[0].weight.clone(), model[6].weight.clone()
+        fit(model, _data(), epochs=1, weight_decay=0.1, **QUICK)
+        assert torch.equal(model[0].weight, before[0])
+        assert not torch.equal(model[6].weight, before[1])
+
+    def test_clip_limits_the_whole_gradient(self) -> None:
+        norms = []
+
+        class Norms(Callback):
+            def on_backward(self, run: Run) -> None:
+                norms.append([self.norm(run)])
+
+            def on_step(self, run: Run) -> None:
+                norms[-1].append(self.norm(run))
+
+            def norm(self, run: Run) -> float:
+                return float(nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None]))
+
+        fit(_net(), _data(), epochs=1, clip=0.01, callbacks=[Norms()], **QUICK)
+        assert all(before > 0.01 and after == pytest.approx(0.01, rel=1e-2) for before, after in norms)
+        norms.clear()
+        fit(_net(), _data(), epochs=1, clip=1e6, callbacks=[Norms()], **QUICK)
+        assert all(before == after for before, after in norms)
+
+    def test_drop_path_grows_linearly(self) -> None:
+        model, seen = _net(), []
+
+        class Look(Callback):
+            def on_epoch(self, run: Run) -> None:
+                seen.append(model[3].p)
+
+        fit(model, _data(), epochs=3, drop_path=0.4, callbacks=[Look()], **QUICK)
+        assert seen == pytest.approx([0, 0.2, 0.4])
+
+    def test_drop_path_needs_a_module(self) -> None:
+        with pytest.raises(SettingError, match="the model has no DropPath: set drop_path=0"):
+            fit(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), _data(), drop_path=0.1, **QUICK)
+
+    @pytest.mark.parametrize("channels_last", [True, False])
+    def test_memory_format(self, channels_last: bool) -> None:
+        seen = []
+
+        class Look(Callback):
+            def loss(self, run: Run, x: Tensor, y: Tensor, logits: Tensor) -> None:
+                seen.append(x.is_contiguous(memory_format=torch.channels_last))
+
+        data = from_arrays(np.zeros((20, 8, 8, 3), np.uint8), np.arange(20) % 2)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        fit(model, data, epochs=1, channels_last=channels_last, callbacks=[Look()], **QUICK)
+        assert set(seen) == {channels_last}
+        assert model[0].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+    @pytest.mark.parametrize(("amp", "kind"), [(True, torch.bfloat16), (False, torch.float32), (None, torch.float32)])
+    def test_amp(self, amp: bool | None, kind: torch.dtype) -> None:
+        seen = []
+
+        class Look(Callback):
+            def loss(self, run: Run, x: Tensor, y: Tensor, logits: Tensor) -> None:
+                seen.append(logits.dtype)
+
+        model = fit(_net(), _data(), epochs=1, amp=amp, callbacks=[Look()], **QUICK)
+        assert set(seen) == {kind}
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+    def test_label_smoothing_is_in_the_loss(self) -> None:
+        class Look(Callback):
+            def loss(self, run: Run, x: Tensor, y: Tensor, logits: Tensor) -> None:
+                self.expected = float(functional.cross_entropy(logits, y, label_smoothing=0.2))
+
+            def on_step(self, run: Run) -> None:
+                assert run.last_loss == self.expected
+
+        fit(_net(), _data(), epochs=1, label_smoothing=0.2, callbacks=[Look()], **QUICK)
+
+    def test_train_plus_val(self) -> None:
+        steps = []
+
+        class Look(Callback):
+            def on_end(self, run: Run) -> None:
+                steps.append(run.step)
+
+        fit(_net(), _data(), epochs=1, callbacks=[Look()], **QUICK)
+        fit(_net(), _data(), epochs=1, split="train+val", callbacks=[Look()], **QUICK)
+        assert steps == [48 // 8, 60 // 8]
+
+    def test_bar_is_shown_and_hidden(self, capsys: pytest.CaptureFixture[str]) -> None:
+        fit(_net(), _data(), epochs=1, **QUICK)
+        assert capsys.readouterr().err == ""
+        fit(_net(), _data(), epochs=1, **QUICK | {"progress": True})
+        assert "6/6" in capsys.readouterr().err
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"seed": -1}, "seed=-1, but a seed is a whole number"),
+            ({"seed": 0.5}, "seed=0.5, but a seed is a whole number"),
+            ({"checkpoint_every": -1}, "checkpoint_every=-1, but it must be a number of seconds"),
+            ({"device": "gpu"}, "there is no device 'gpu'; did you mean 'cpu'"),
+            ({"device": "meta"}, "device 'meta' cannot train here"),
+            ({"epochs": 0}, "epochs=0, but it must be"),
+            ({"learning_rate": 1.0}, "a recipe has no field 'learning_rate'"),
+            ({"cutout": 9}, "cutout"),
+        ],
+    )
+    def test_arguments(self, arguments: dict[str, Any], message: str) -> None:
+        model = _net()
+        before = copy.deepcopy(model)
+        with pytest.raises(SettingError, match=message):
+            fit(model, _data(), **QUICK | arguments)
+        assert _same(model, before)
+
+    def test_unknown_split(self) -> None:
+        with pytest.raises(DataError, match="'validation'"):
+            fit(_net(), _data(), split="validation", **QUICK)
+
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            (nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), r"to \(2, 5\), but 'noise' has 3 classes.*give \(2, 3\)"),
+            (nn.Conv2d(1, 3, 3), r"to \(2, 3, 6, 6\), but 'noise' has 3 classes"),
+            (nn.LSTM(8, 3), "cannot take a batch|to tuple, but"),
+            (nn.Conv2d(3, 3, 3), r"cannot take a batch \(2, 1, 8, 8\) of 'noise': .*3 channels"),
+            (nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(3)), "no parameter that requires a gradient"),
+        ],
+    )
+    def test_model_that_does_not_fit(self, model: nn.Module, message: str) -> None:
+        with pytest.raises(SettingError, match=message):
+            fit(model, _data(), **QUICK)
+
+    def test_absent_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(SettingError, match="device 'cuda:1' was asked for, but torch sees 0 CUDA GPUs"):
+            pick_device("cuda:1")
+        assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+
+
+class TestDivergence:
+    def test_too_high_a_rate(self) -> None:
+        with pytest.raises(
+            TrainingDiverged, match=r"the (loss|gradient) is not finite at epoch \d, step \d.*Lower lr=1e\+25"
+        ):
+            fit(_net(), _data(), epochs=9, lr=1e25, clip=None, **QUICK)
+
+    def test_last_finite_loss_is_told(self) -> None:
+        class Spoil(Callback):
+            def loss(self, run: Run, x: Tensor, y: Tensor, logits: Tensor) -> Tensor:
+                return logits.sum() * 0 + (math.inf if run.step == 7 else 2.5)
+
+        with pytest.raises(
+            TrainingDiverged, match=r"the loss is not finite at epoch 1, step 7 \(last finite loss: 2.5\)"
+        ):
+            fit(_net(), _data(), epochs=2, callbacks=[Spoil()], **QUICK)
+
+    def test_gradient_is_seen_before_it_reaches_the_weights(self) -> None:
+        class Spoil(Callback):
+            def on_backward(self, run: Run) -> None:
+                next(iter(run.model.parameters())).grad.fill_(math.nan)
+
+        model = _net()
+        with pytest.raises(TrainingDiverged, match="the gradient is not finite at epoch 0, step 0"):
+            fit(model, _data(), epochs=1, callbacks=[Spoil()], **QUICK)
+        assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+    def test_in_the_very_last_step(self) -> None:
+        class Spoil(Callback):
+            def on_step(self, run: Run) -> None:
+                if run.step == 6:
+                    with torch.no_grad():
+                        next(iter(run.model.parameters())).fill_(math.inf)
+
+        with pytest.raises(TrainingDiverged, match="the weights is not finite|the weights are not finite"):
+            fit(_net(), _data(), epochs=1, callbacks=[Spoil()], **QUICK)
+
+    def test_no_bad_checkpoint_is_left(self, tmp_path: Path) -> None:
+        class Spoil(Callback):
+            def loss(self, run: Run, x: Tensor, y: Tensor, logits: Tensor) -> Tensor | None:
+                return logits.sum() * math.nan if run.step == 4 else None
+
+        with pytest.raises(TrainingDiverged):
+            fit(
+                _net(),
+                _data(),
+                epochs=1,
+                callbacks=[Spoil()],
+                checkpoint=tmp_path / "c.pt",
+                checkpoint_every=0,
+                **QUICK,
+            )
+        stored = torch.load(tmp_path / "c.pt", weights_only=True)
+        assert stored["step"] == 4
+        assert all(torch.isfinite(tensor).all() for tensor in stored["model"].values())
+
+
+class TestCallbacks:
+    def test_order(self) -> None:
+        calls: list[str] = []
+
+        class Note(Callback):
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def __getattribute__(self, attribute: str) -> Any:
+                if attribute == "loss" or attribute.startswith("on_"):
+                    calls.append(f"{attribute} {self.name}")
+                return super().__getattribute__(attribute)
+
+        fit(_net(), _data(15), epochs=2, callbacks=[Note("a"), Note("b")], **QUICK | {"batch_size": 12})
+        step = ["loss", "on_backward", "on_step", "on_epoch"]
+        hooks = ["on_start", *step, *step, "on_end"]
+        assert calls == [f"{hook} {name}" for hook in hooks for name in "ab"]
+
+    def test_run_tells_where_it_is(self) -> None:
+        seen = []
+
+        class Look(Callback):
+            losses: list[float]
+
+            def on_start(self, run: Run) -> None:
+                assert math.isnan(run.train_loss) and math.isnan(run.train_accuracy)
+                self.losses, self.hits = [], []
+
+            def loss(self, run: Run, x: Tensor, y: Tensor, logits: Tensor) -> None:
+                self.hits.append((logits.argmax(1) == y).float().mean().item())
+
+            def on_step(self, run: Run) -> None:
+                seen.append((run.epoch, run.step))
+                self.losses.append(run.last_loss)
+
+            def on_epoch(self, run: Run) -> None:
+                assert run.train_loss == pytest.approx(np.mean(self.losses[-6:]), rel=1e-5)
+                assert run.train_accuracy == pytest.approx(np.mean(self.hits[-6:]), rel=1e-5)
+                assert run.seconds > 0
+
+        fit(_net(), _data(), epochs=2, callbacks=[Look()], **QUICK)
+        assert seen == [(step // 6, step) for step in range(1, 13)]
+
+    def test_loss_is_replaced_by_the_first_that_gives_one(self) -> None:
+        class Give(Callback):
+            def __init__(self, value: float | None) -> None:
+                self.value = value
+
+            def loss(self, run: Run, x: Tensor, y: Tensor, logits: Tensor) -> Tensor | None:
+                return None if self.value is None else logits.mean() * 0 + self.value
+
+            def on_step(self, run: Run) -> None:
+                assert run.last_loss == 7.0
+
+        model = _net()
+        before = model[6].weight.clone()
+        fit(model, _data(), epochs=1, weight_decay=0, callbacks=[Give(None), Give(7.0), Give(8.0)], **QUICK)
+        assert torch.equal(model[6].weight, before)  # a constant loss teaches nothing
+
+    def test_validating_in_between_changes_nothing(self) -> None:
+        class Validate(Callback):
+            def on_step(self, run: Run) -> None:
+                torch.rand(5)
+                validate(run.model, run.data)
+
+        data = _data()
+        plain, watched = (fit(_net(), data, epochs=1, callbacks=c, **QUICK) for c in ([], [Validate()]))
+        assert _same(plain, watched)
+
+
+class TestCheckpoint:
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    @pytest.mark.parametrize("every", [0.0, 1e9])
+    def test_interrupted_anywhere_equals_unbroken(self, optimizer: str, every: float, tmp_path: Path) -> None:
+        """Batch norm, dropout, drop-path and a callback with state; stopped at three random steps, one of them twice."""
+        data, settings = (
+            _data(),
+            QUICK | {"epochs": 3, "optimizer": optimizer, "lr": 0.01, "drop_path": 0.3, "warmup": 1},
+        )
+        whole = _Average()
+        expected = fit(_net(), data, seed=3, callbacks=[whole], **settings)
+        rng, file = random.Random(f"{optimizer} {every}"), tmp_path / "run.pt"
+        for stop in sorted(rng.sample(range(1, 18), 3)):
+            stops = [_Stop("on_step", 1), _Stop("on_step", 2, RuntimeError)]
+            done = torch.load(file, weights_only=True)["step"] if file.exists() else 0
+            stops[0].left = max(1, stop - done)
+            with pytest.raises((KeyboardInterrupt, RuntimeError), match="stopped by the test"):
+                fit(
+                    _net(seed=9),  # the checkpoint brings the weights
+                    data,
+                    seed=3,
+                    callbacks=[stops[0], _Average()] if stop % 2 else [_Average(), stops[0]],
+                    checkpoint=file,
+                    checkpoint_every=every,
+                    **settings,
+                ) if file.exists() else fit(
+                    _net(),
+                    data,
+                    seed=3,
+                    callbacks=[_Average(), stops[0]],
+                    checkpoint=file,
+                    checkpoint_every=every,
+                    **settings,
+                )
+            assert torch.load(file, weights_only=True)["step"] == stop
+        part = _Average()
+        model = fit(_net(seed=9), data, seed=3, callbacks=[part], checkpoint=file, **settings)
+        assert _same(model, expected)
+        assert part.epochs == whole.epochs == 1 + 2 + 3
+        assert all(torch.equal(part.mean[name], mean) for name, mean in whole.mean.items())
+
+    @pytest.mark.parametrize("hook", ["on_backward", "on_epoch", "loss"])
+    def test_other_moments(self, hook: str, tmp_path: Path) -> None:
+        """A step that was not finished is made again; an epoch's hooks that had not run are called."""
+        data, file = _data(), tmp_path / "run.pt"
+        whole, part = _Average(), _Average()
+        expected = fit(_net(), data, epochs=2, callbacks=[whole], **QUICK)
+        stop = _Stop(hook, 2)
+        if hook == "loss":
+            stop.loss = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("stopped by the test"))  # type: ignore[method-assign]
+        settings: dict[str, Any] = QUICK | {"epochs": 2, "checkpoint": file, "checkpoint_every": 0}
+        with pytest.raises(KeyboardInterrupt):
+            fit(_net(), data, callbacks=[stop, _Average()], **settings)
+        model = fit(_net(), data, callbacks=[part], **settings)
+        assert _same(model, expected)
+        assert part.epochs == whole.epochs
+        assert all(torch.equal(part.mean[name], mean) for name, mean in whole.mean.items())
+
+    def test_killed_process_continues_in_another(self, tmp_path: Path) -> None:
+        """Two processes with one thread each compute the same bits."""
+        file = tmp_path / "run.pt"
+        assert _start("killed", file).wait(60) == 9
+        step = torch.load(file, weights_only=True)["step"]
+        assert step == 5
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            continued, unbroken = (fit(_net(), _data(), epochs=2, checkpoint=c, **QUICK) for c in (file, None))
+        finally:
+            torch.set_num_threads(threads)
+        assert _same(continued, unbroken)
+
+    def test_finished_run_returns_at_once(self, tmp_path: Path) -> None:
+        data, file, calls = _data(), tmp_path / "deep" / "run.pt", []
+
+        class Look(Callback):
+            def on_step(self, run: Run) -> None:
+                calls.append("step")
+
+            def on_end(self, run: Run) -> None:
+                calls.append("end")
+
+        first = fit(_net(), data, epochs=1, checkpoint=file, callbacks=[Look()], **QUICK)
+        before = file.read_bytes()
+        again = fit(_net(seed=9), data, epochs=1, checkpoint=file, callbacks=[Look()], **QUICK)
+        assert calls == ["step"] * 6 + ["end"] * 2
+        assert _same(first, again)
+        assert file.read_bytes() == before
+
+    def test_written_when_the_time_has_come(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        saved, clock = [], itertools.count()
+        monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))
+
+        class Look(Callback):
+            def state_dict(self) -> dict[str, Any]:
+                saved.append(True)
+                return {}
+
+        arguments: dict[str, Any] = {"epochs": 2, "checkpoint": tmp_path / "c.pt", "callbacks": [Look()], **QUICK}
+        fit(_net(), _data(), checkpoint_every=1e9, **arguments)
+        assert len(saved) == 1  # at the end
+        (tmp_path / "c.pt").unlink()
+        saved.clear()
+        fit(_net(), _data(), checkpoint_every=4, **arguments)
+        assert 3 <= len(saved) < 12
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"seed": 1}, "seed is 0 there and 1 here"),
+            ({"lr": 0.05}, "lr is 0.1 there and 0.05 here"),
+            ({"epochs": 2, "clip": None}, "epochs is 1 there and 2 here; clip is 5.0 there and None here"),
+            ({"split": "train+val"}, r"split is 'train' there and 'train\+val' here"),
+            ({"data": _data(66)}, "data is '.*' there and '.*' here"),
+            ({"model": _net(norm=False)}, "model is '.*' there and '.*' here"),
+        ],
+    )
+    def test_of_another_run(self, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+        settings: dict[str, Any] = QUICK | {"epochs": 1, "checkpoint": tmp_path / "run.pt"}
+        fit(_net(), _data(), **settings)
+        before = (tmp_path / "run.pt").read_bytes()
+        with pytest.raises(CheckpointError, match=f"belongs to another run: {message}.*delete it to train anew"):
+            fit(**{"model": _net(), "data": _data()} | settings | changes)
+        assert (tmp_path / "run.pt").read_bytes() == before
+
+    @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign", "pickle", "old"])
+    def test_corrupt(self, damage: str, tmp_path: Path) -> None:
+        file, message = tmp_path / "run.pt", "is corrupt, or none .*delete it to train anew"
+        fit(_net(), _data(), epochs=1, checkpoint=file, **QUICK)
+        match damage:
+            case "truncated":
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+            case "empty":
+                file.write_bytes(b"")
+            case "text":
+                file.write_text("weights, honestly")
+            case "pickle":
+                torch.save({"format": 1, "model": _net()}, file)  # code to run, which weights_only refuses
+            case "foreign":
+                torch.save(_net().state_dict(), file)
+                message = "is not a checkpoint of nasbench.fit"
+            case "old":
+                torch.save(torch.load(file, weights_only=True) | {"format": 0}, file)
+                message = "is not a checkpoint of nasbench.fit, version 1"
+        with pytest.raises(CheckpointError, match=message):
+            fit(_net(), _data(), epochs=1, checkpoint=file, **QUICK)
+
+    def test_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        model = _net()
+        with pytest.raises(CheckpointError, match=r"could not be written \(.*\): name a file where you can write"):
+            fit(model, _data(), checkpoint=tmp_path / "file" / "run.pt", **QUICK)
+        with pytest.raises(CheckpointError, match="it is a folder"):
+            fit(model, _data(), checkpoint=tmp_path, **QUICK)
+        assert _same(model, _net())
+
+    def test_error_while_saving_does_not_hide_the_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(training, "atomic_write", full)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            fit(_net(), _data(), callbacks=[_Stop("on_step", 3)], checkpoint=tmp_path / "run.pt", **QUICK)
+        assert "No space left" in caught.value.__notes__[0]
+
+    def test_state_of_a_callback_must_be_plain(self, tmp_path: Path) -> None:
+        class Odd(Callback):
+            def state_dict(self) -> dict[str, Any]:
+                return {"seen": [{1, 2}]}
+
+        with pytest.raises(
+            SettingError, match=r"the state of callback .*Odd cannot be kept in a checkpoint: .*\{1, 2\}"
+        ):
+            fit(_net(), _data(), epochs=1, callbacks=[Odd()], checkpoint=tmp_path / "run.pt", **QUICK)
+
+    def test_callback_is_missing(self, tmp_path: Path) -> None:
+        settings: dict[str, Any] = QUICK | {"epochs": 1, "checkpoint": tmp_path / "run.pt"}
+        fit(_net(), _data(), callbacks=[_Average()], **settings)
+        with pytest.raises(CheckpointError, match="holds the state of a callback _Average: pass one again"):
+            fit(_net(), _data(), **settings)
+
+    def test_callback_that_changed_the_model_is_missing(self, tmp_path: Path) -> None:
+        class Mask(Callback):
+            def on_start(self, run: Run) -> None:
+                run.model[6].register_buffer("mask", torch.ones(3, 256))
+
+        settings: dict[str, Any] = QUICK | {"epochs": 1, "checkpoint": tmp_path / "run.pt"}
+        masked = fit(_net(), _data(), callbacks=[Mask()], **settings)
+        assert _same(fit(_net(), _data(), callbacks=[Mask()], **settings), masked)
+        with pytest.raises(CheckpointError, match="does not fit model or optimizer: .*6.mask"):
+            fit(_net(), _data(), **settings)
+
+
+class TestScores:
+    def test_validate_counts_every_image_once(self) -> None:
+        model, data = _net(), _data()
+        x, y = (torch.cat(part) for part in zip(*data.eval_batches("train"), strict=True))
+        with torch.no_grad():
+            logits = copy.deepcopy(model).eval()(x)
+        scores = validate(model, data, batch_size=7, split="train")
+        assert scores["train_accuracy"] == int((logits.argmax(1) == y).sum()) / 48
+        assert scores["train_loss"] == pytest.approx(float(functional.cross_entropy(logits, y)), rel=1e-5)
+
+    def test_modules_keep_their_modes(self) -> None:
+        model, data = _net(), _data()
+        model[1].eval()
+        before = copy.deepcopy(model)
+        validate(model, data)
+        evaluate(model, data)
+        assert [module.training for module in model.modules()] == [module.training for module in before.modules()]
+        assert _same(model, before)
+
+    def test_only_evaluate_reads_test_images(self) -> None:
+        with pytest.raises(DataError, match="only nasbench.evaluate reads test images"):
+            validate(_net(), _data(), split="test")
+        assert evaluate(_net(), _data())["test_accuracy"] * 30 == pytest.approx(
+            round(evaluate(_net(), _data())["test_accuracy"] * 30)
+        )
+
+
+class TestDistributed:
+    def test_outside_torchrun(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        assert init_distributed() == (0, 1)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"RANK": None, "MASTER_ADDR": None}, r"\(RANK is missing, MASTER_ADDR is missing\): start with torchrun"),
+            ({"RANK": "first"}, r"\(RANK='first'\)"),
+        ],
+    )
+    def test_broken_environment(
+        self, changes: dict[str, str | None], message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in (_environment(0, 2, 1) | changes).items():
+            monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+        with pytest.raises(SettingError, match=message):
+            init_distributed()
+
+    def test_two_processes_equal_one(self, tmp_path: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        workers = [_start("rank", tmp_path / f"{rank}.pt", **_environment(rank, 2, port)) for rank in (0, 1)]
+        assert [worker.wait(120) for worker in workers] == [0, 0]
+        results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for steps in ("one step", "two epochs", "continued"):
+            first, second = (result[steps] for result in results)
+            assert all(torch.equal(first[name], second[name]) for name in first)
+        once, twice = _net(norm=False, dropout=0), _net(norm=False, dropout=0)
+        with pytest.raises(KeyboardInterrupt):
+            fit(once, _data(), callbacks=[_Stop("on_step", 1)], **QUICK)
+        fit(twice, _data(), epochs=2, **QUICK)
+        for name, tensor in once.state_dict().items():
+            torch.testing.assert_close(results[0]["one step"][name], tensor, rtol=0, atol=1e-6)
+        for name, tensor in twice.state_dict().items():
+            torch.testing.assert_close(results[0]["two epochs"][name], tensor, rtol=0, atol=1e-4)
+            assert torch.equal(results[0]["continued"][name], results[0]["two epochs"][name])
+        assert [result["files"] for result in results] == [1, 0]
+
+
+def _environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    return {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def _start(role: str, file: Path, **environment: str) -> subprocess.Popen[bytes]:
+    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, __file__, role, str(file)], env=os.environ | paths | environment)
+
+
+def _killed(file: Path) -> None:
+    """Train with a checkpoint every step, and be gone in the midst of the sixth."""
+
+    class Kill(Callback):
+        def on_backward(self, run: Run) -> None:
+            if run.step == 5:
+                os._exit(9)
+
+    torch.set_num_threads(1)
+    fit(_net(), _data(), epochs=2, checkpoint=file, checkpoint_every=0, callbacks=[Kill()], **QUICK)
+
+
+def _rank(file: Path) -> None:
+    """Train as one of two processes: one step; two epochs; two epochs with an interruption."""
+    torch.set_num_threads(1)
+    rank, world = init_distributed()
+    assert world == 2
+    one, two, continued = (_net(seed=0, norm=False, dropout=0) for _ in range(3))
+    written: list[Path] = []
+    whole = training.atomic_write
+    training.atomic_write = lambda path: written.append(Path(path)) or whole(path)  # type: ignore[func-returns-value]
+    try:
+        fit(one, _data(), callbacks=[_Stop("on_step", 1)], **QUICK)
+    except KeyboardInterrupt:
+        fit(two, _data(), epochs=2, **QUICK)
+    settings: dict[str, Any] = QUICK | {"epochs": 2, "checkpoint": file.with_name("shared.pt")}
+    try:
+        fit(continued, _data(), callbacks=[_Stop("on_step", 8)], **settings)
+    except KeyboardInterrupt:
+        files = len(written)
+        torch.distributed.barrier()
+        continued = fit(_net(seed=rank, norm=False, dropout=0), _data(), **settings)  # type: ignore[assignment]
+    states = {"one step": one, "two epochs": two, "continued": continued}
+    torch.save({name: model.state_dict() for name, model in states.items()} | {"files": files}, file)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    {"killed": _killed, "rank": _rank}[sys.argv[1]](Path(sys.argv[2]))
