@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nasbench",
-        description="Find a neural network. Without options, `nasbench search` searches NAS-Bench-201 cells on scanned digits.",
+        description="Find a neural network. `nasbench search` alone searches NAS-Bench-201 cells on scanned digits.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="search|worker|table|compare|report")
 
@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     _space_options(search)
     _data_options(search)
     search.add_argument("--table", help="look results up in this table instead of training: a name or an .npz file")
-    search.add_argument("--strategy", default="evolution", help="evolution, local_search, grid, random, tpe, gp, nsga2, nsga3")
+    search.add_argument(
+        "--strategy", default="evolution", help="evolution, local_search, grid, random, tpe, gp, nsga2, nsga3"
+    )
     search.add_argument("--objectives", nargs="+", metavar="METRIC", help="default: val_accuracy")
     search.add_argument("--constraint", action="append", default=[], metavar='"params<1e6"')
     search.add_argument("--pruner", help="median, hyperband or halving")
@@ -66,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("--study", required=True)
     worker.add_argument("--storage", help="default: study.db in the study's folder")
     worker.add_argument("--folder", default="runs")
-    worker.add_argument("--trials", type=int, help="finished trials the study is to have in all; default: as it was begun")
+    worker.add_argument(
+        "--trials", type=int, help="finished trials the study is to have in all; default: as it was begun"
+    )
     worker.add_argument("--space", help="your own space as module:Class; others are made by name")
     worker.add_argument("--device", default="auto")
     worker.add_argument("--timeout", type=float, help="seconds")
@@ -113,13 +117,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _space_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--space", help="nasbench201, resnet, or your own as module:Class; default: a small nasbench201")
+    parser.add_argument(
+        "--space", help="nasbench201, resnet, or your own as module:Class; default: a small nasbench201"
+    )
     parser.add_argument("--space-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the space")
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", default="digits", help="digits, cifar10, cifar100, svhn, an .npz file, a folder per class")
-    parser.add_argument("--data-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of data.load, such as root")
+    parser.add_argument(
+        "--data", default="digits", help="digits, cifar10, cifar100, svhn, an .npz file, a folder per class"
+    )
+    parser.add_argument(
+        "--data-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of data.load, such as root"
+    )
     parser.add_argument("--download", action="store_true", help="fetch a named data set that is not there")
 
 
@@ -214,7 +224,9 @@ def _tell(result: SearchResult, source: Any) -> None:
 
 def _figures(metrics: Any) -> str:
     numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-    return ", ".join(f"{k} {v:,}" if float(v).is_integer() and abs(v) > 1 else f"{k} {v:.4f}" for k, v in numbers.items())
+    return ", ".join(
+        f"{k} {v:,}" if float(v).is_integer() and abs(v) > 1 else f"{k} {v:.4f}" for k, v in numbers.items()
+    )
 
 
 def _worker(options: argparse.Namespace) -> None:
@@ -293,7 +305,9 @@ def _report(options: argparse.Namespace) -> None:
     home = Path(options.folder) / options.study
     if not (home / "result.json").exists():
         names = sorted(p.parent.name for p in Path(options.folder).glob("*/result.json"))
-        raise StudyError(f"there is no study {options.study!r} in {options.folder}/; found {', '.join(names) or 'none'}.")
+        raise StudyError(
+            f"there is no study {options.study!r} in {options.folder}/; found {', '.join(names) or 'none'}."
+        )
     space = None
     if options.space:
         import search_spaces

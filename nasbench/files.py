@@ -49,7 +49,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 def _explained(error: OSError, path: Path) -> OSError:
     return OSError(
-        error.errno, f"cannot write {path}: {error.strerror or error}. Free some space there, or name a folder you can write to"
+        error.errno,
+        f"cannot write {path}: {error.strerror or error}. Free some space there, or name a folder you can write to",
     )
 
 

@@ -67,6 +67,8 @@ class Objective(ABC):
     """The metrics it can report; None: not known beforehand."""
     default: str | None = None
     """The metric that is optimised when none is named."""
+    wanted: tuple[str, ...] = ()
+    """The metrics the search asked for."""
     trains: bool = False
     """Whether its trials take long and leave weights: such a study gets a folder."""
 
@@ -80,6 +82,7 @@ class Objective(ABC):
 
     def want(self, names: Sequence[str]) -> None:
         """Say which metrics the search needs, before the first trial; others need not be measured."""
+        self.wanted = tuple(names)
 
     def key(self, arch: Arch) -> Arch:
         """Return what a result is filed under: architectures with equal keys are evaluated once."""
@@ -126,7 +129,6 @@ class TrainObjective(Objective):
         self.space, self.recipe, self.seeds, self.test = space, recipe, tuple(seeds), test
         self.device = training.pick_device(device)
         self.data = data.to(self.device)
-        self.extra: tuple[str, ...] = ()
         self.names = ("val_accuracy", "val_loss", "params", "macs", "bytes", "peak_bytes", "latency_ms")
 
     def settings(self) -> dict[str, Any]:
@@ -147,9 +149,10 @@ class TrainObjective(Objective):
         recipe = Recipe(**settings["recipe"])
         return cls(space.bind(data), data, recipe, seeds=settings["seeds"], device=device, test=settings["test"])
 
-    def want(self, names: Sequence[str]) -> None:
-        """Measure "bytes", "peak_bytes" and "latency_ms" only if they are among the names."""
-        self.extra = tuple(name for name in ("bytes", "peak_bytes", "latency_ms") if name in names)
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Those of the wanted metrics that are not measured in every trial anyway."""
+        return tuple(name for name in ("bytes", "peak_bytes", "latency_ms") if name in self.wanted)
 
     def key(self, arch: Arch) -> Arch:
         """Return the canonical architecture."""
@@ -248,19 +251,14 @@ class TableObjective(Objective):
     def __init__(self, table: Table) -> None:
         self.table = table
         self.names = tuple(table.metrics)
-        self.wanted = self.names
         self.default = "val_accuracy" if "val_accuracy" in table.metrics else None
-
-    def want(self, names: Sequence[str]) -> None:
-        """Look up only these: a search that does not ask for test accuracy does not see it."""
-        self.wanted = tuple(names)
 
     def settings(self) -> dict[str, Any]:
         """Return the table's identity."""
         return {"kind": "table", "table": self.table.fingerprint}
 
     def __call__(self, arch: Arch, run: TrialRun) -> dict[str, float]:
-        """Return the wanted metrics of the row, means over its seeds."""
+        """Return the wanted metrics of the row, means over its seeds: no test metric unless the search asks for it."""
         return {name: self.table.query(arch, name) for name in self.wanted}
 
 
@@ -354,7 +352,9 @@ class Constraint:
         try:
             return cls(match[1], match[2], float(match[3]))  # type: ignore[index]
         except (TypeError, ValueError):
-            raise SettingError(f'{text!r} is no constraint. Write a metric, a sign and a number: "params<1e6".') from None
+            raise SettingError(
+                f'{text!r} is no constraint. Write a metric, a sign and a number: "params<1e6".'
+            ) from None
 
     def holds(self, value: float) -> bool:
         """Whether a value keeps the bound."""
@@ -373,7 +373,7 @@ def resolve(objectives: str | Sequence[str] | Mapping[str, str] | None, objectiv
     """Return {metric: direction} for what a user asked to optimise.
 
     Raises:
-        SettingError: an unknown metric, a direction that is neither "maximize" nor "minimize", or one that cannot be told.
+        SettingError: an unknown metric, or a direction that is not known or none.
     """
     if objectives is None:
         if objective.default is None:

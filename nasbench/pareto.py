@@ -22,7 +22,7 @@ def front(scores: Sequence[Sequence[float]]) -> list[int]:
         >>> front([(1, 3), (2, 2), (1, 1), (3, 1), (2, 2)])
         [0, 1, 3]
     """
-    kept = []
+    kept: list[int] = []
     for i, score in enumerate(scores):
         equal_before = any(tuple(score) == tuple(scores[j]) for j in kept)
         if not equal_before and not any(dominates(other, score) for other in scores):

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from nasbench.errors import SettingError
 from nasbench.training import pick_device
 
-_REPEATS = 5  # fewest timed forwards: a spread of fewer says nothing
+_REPEATS = 5  # fewest timings: the spread of fewer says nothing
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Latency:
 
     median_ms: float
     iqr_ms: float  # spread: the middle half of the timings lies within so many milliseconds
-    repeats: int  # forwards timed
+    repeats: int  # timings taken; of a fast network, each is the mean of several forwards
     threads: int
     device: str
     batch: int
@@ -150,7 +150,7 @@ def latency(
     """Return how long one forward of `batch` images takes, in evaluation mode, on as many threads as torch now uses.
 
     A copy of the model is timed on `device` after a warm-up, with the channels-last layout that our data and training
-    have, for at least `min_seconds` and five forwards. On a GPU each forward is waited for.
+    have, for at least `min_seconds` and five times. On a GPU each forward is waited for.
 
     Raises:
         SettingError: the network does not take such a batch, or there is no such device.
@@ -183,12 +183,12 @@ def _time(
         wait = {"cuda": "; torch.cuda.synchronize(x.device)", "mps": "; torch.mps.synchronize()"}.get(place.type, "")
         timer = Timer(f"model(x){wait}", globals={"model": twin, "x": x, "torch": torch}, num_threads=threads)
         first = timer.blocked_autorange(min_run_time=min_seconds)
-        repeats = len(first.times) * first.number_per_run
-        (timings,) = Measurement.merge([first, *(timer.timeit(1) for _ in range(repeats, _REPEATS))])
+        more = [timer.timeit(first.number_per_run) for _ in range(len(first.times), _REPEATS)]
+        (timings,) = Measurement.merge([first, *more])
     return Latency(
         median_ms=timings.median * 1e3,
         iqr_ms=timings.iqr * 1e3,
-        repeats=max(repeats, _REPEATS),
+        repeats=len(timings.times),
         threads=threads,
         device=torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
         batch=batch,

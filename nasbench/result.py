@@ -70,15 +70,19 @@ class Trial:
             return model
         advice = "Use build(weights=False) and nasbench.fit(model, data)."
         if self.state != "complete":
-            raise WeightsError(f"trial {self.number} is {self.state} ({self.reason}): it has no trained weights. {advice}")
+            raise WeightsError(
+                f"trial {self.number} is {self.state} ({self.reason}): it has no trained weights. {advice}"
+            )
         if self.folder is None:
-            raise WeightsError(f"trial {self.number} was not trained here, its metrics were looked up or computed. {advice}")
+            raise WeightsError(
+                f"trial {self.number} was not trained here, its metrics were looked up or computed. {advice}"
+            )
         number = self.number if self.copied_from is None else self.copied_from
         path = self.folder / "trials" / str(number) / WEIGHTS
         if not path.exists():
             raise WeightsError(
-                f"trial {self.number} has no weights at {path}: only the best trials keep theirs, on the host that trained "
-                f"them. {advice}"
+                f"trial {self.number} has no weights at {path}: only the best trials keep theirs, on the host that "
+                f"trained them. {advice}"
             )
         from safetensors.torch import load_file
 
@@ -97,7 +101,8 @@ class SearchResult:
         >>> from search_spaces import NASBench201
         >>> def score(arch):
         ...     return {"score": list(arch.values()).count("nor_conv_3x3")}
-        >>> result = nb.search(NASBench201(), score, objectives={"score": "maximize"}, trials=20, seed=1, progress=False)
+        >>> better = {"score": "maximize"}
+        >>> result = nb.search(NASBench201(), score, objectives=better, trials=20, seed=1, progress=False)
         >>> len(result.trials), result.best.metrics["score"] >= 2
         (20, True)
     """
@@ -157,7 +162,9 @@ class SearchResult:
     def _sign(self, name: str) -> float:
         direction = self.objectives.get(name) or DIRECTIONS.get(name)
         if direction is None:
-            raise SettingError(f"is more {name!r} better? Only objectives and {', '.join(DIRECTIONS)} have a known direction.")
+            raise SettingError(
+                f"is more {name!r} better? Only objectives and {', '.join(DIRECTIONS)} have a known direction."
+            )
         return 1.0 if direction == "maximize" else -1.0
 
     def to_frame(self) -> pd.DataFrame:
@@ -169,7 +176,9 @@ class SearchResult:
         try:
             import pandas as pd
         except ImportError:
-            raise ImportError("to_frame needs pandas: pip install pandas. Or use result.rows(), a list of dicts.") from None
+            raise ImportError(
+                "to_frame needs pandas: pip install pandas. Or use result.rows(), a list of dicts."
+            ) from None
         return pd.DataFrame(self.rows())
 
     def rows(self) -> list[dict[str, Any]]:
@@ -248,18 +257,24 @@ class SearchResult:
             entry = json.loads(text)
             settings = dict(entry["space"])
             if entry["format"] > FORMAT:
-                raise StudyError(f"the result has format {entry['format']}, this version reads up to {FORMAT}. Update nasbench.")
+                raise StudyError(
+                    f"the result has format {entry['format']}, this version reads up to {FORMAT}. Update nasbench."
+                )
             if space is None:
                 space = search_spaces.space(settings.pop("space").lower(), **settings)
             elif json.loads(space.to_json()) != settings:
-                raise StudyError(f"the result belongs to {settings}, not to {space!r}. Give the space it was searched in.")
+                raise StudyError(
+                    f"the result belongs to {settings}, not to {space!r}. Give the space it was searched in."
+                )
             folder = Path(entry["folder"]) if entry["folder"] else None
             trials = [
                 Trial(**{**t, "arch": space.check(t["arch"])}, space=space, folder=folder) for t in entry["trials"]
             ]
             return cls(space, entry["objectives"], trials, folder=folder, conditions=entry["conditions"])
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise StudyError(f"this is no saved search result ({type(error).__name__}: {error}). Write one with save().") from None
+            raise StudyError(
+                f"this is no saved search result ({type(error).__name__}: {error}). Write one with save()."
+            ) from None
 
     @classmethod
     def load(cls, path: str | Path, space: SearchSpace | None = None) -> SearchResult:
@@ -267,7 +282,9 @@ class SearchResult:
         try:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise StudyError(f"cannot read a search result from {path}: {error}. Name a file that save() wrote.") from None
+            raise StudyError(
+                f"cannot read a search result from {path}: {error}. Name a file that save() wrote."
+            ) from None
         return cls.from_json(text, space)
 
     def __repr__(self) -> str:
@@ -281,7 +298,11 @@ class SearchResult:
 
 
 def collect(
-    study: optuna.Study, space: SearchSpace, objectives: Mapping[str, str], folder: Path | None, conditions: Mapping[str, Any]
+    study: optuna.Study,
+    space: SearchSpace,
+    objectives: Mapping[str, str],
+    folder: Path | None,
+    conditions: Mapping[str, Any],
 ) -> SearchResult:
     """Read the finished trials of an Optuna study that a search wrote."""
     states = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}

@@ -1,34 +1,31 @@
-"""The verb `search`: names become objects here, a study is opened or continued, workers fill it, a result comes back."""
+"""The verb `search`: names become objects, a study is opened or continued, workers fill it, a result comes back."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 import torch
 import torch.distributed as dist
-from filelock import FileLock
+from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.storages import BaseStorage
 
 import search_spaces
 from nasbench import strategies
 from nasbench.data import Data
-from nasbench.errors import ResumeError, SettingError, StudyError
+from nasbench.errors import SettingError, StudyError
 from nasbench.objective import Constraint, FunctionObjective, Objective, TableObjective, TrainObjective, resolve
 from nasbench.result import SearchResult, collect
+from nasbench.storage import environment, open_study, quiet, stored_conditions, study_folder
 from nasbench.strategies import OptunaStrategy, Strategy
 from nasbench.training import Recipe
 from nasbench.worker import Worker
@@ -37,10 +34,7 @@ from search_spaces.base import Arch, SearchSpace, nearest
 if TYPE_CHECKING:
     from nasbench.table import Table
 
-CONDITIONS = "nasbench"
-"""The study attribute that says what a study was made of."""
-
-_PRUNERS = {
+_PRUNERS: dict[str, Callable[[], BasePruner]] = {
     "median": optuna.pruners.MedianPruner,
     "hyperband": optuna.pruners.HyperbandPruner,
     "halving": optuna.pruners.SuccessiveHalvingPruner,
@@ -58,7 +52,7 @@ def search(
     timeout: float | None = None,
     constraints: str | Sequence[str] = (),
     metrics: Sequence[str] = (),
-    pruner: str | optuna.pruners.BasePruner | None = None,
+    pruner: str | BasePruner | None = None,
     study: str | optuna.Study | None = None,
     storage: str | BaseStorage | None = None,
     folder: str | Path = "runs",
@@ -122,7 +116,9 @@ def search(
     _check_metrics([*metrics, *(c.metric for c in limits)], objective)
     objective.want([*directions, *(c.metric for c in limits), *metrics])
     _check_combination(strategy, directions, pruner, objective)
-    if workers > 1 and not (isinstance(objective, TrainObjective) and objective.data.spec and not isinstance(study, optuna.Study)):
+    if workers > 1 and not (
+        isinstance(objective, TrainObjective) and objective.data.spec and not isinstance(study, optuna.Study)
+    ):
         raise SettingError(
             f"workers={workers} starts processes that load the data by name; this objective cannot be loaded by name. "
             "Use nasbench.data.load(...), or start more processes with the same study and storage yourself."
@@ -140,10 +136,11 @@ def search(
         "pruner": pruner if pruner is None or isinstance(pruner, str) else type(pruner).__name__,
         "seed": seed,
         "trials": trials,
+        "environment": environment(),
     }
     sampler = strategy if isinstance(strategy, BaseSampler) else strategy.sampler(space, seed)
-    home = _home(study, storage, Path(folder), space, objective, conditions)
-    opened = _open(study, storage, home, sampler, _pruner(pruner), conditions, seed)
+    home = study_folder(study, storage, Path(folder), space, objective, conditions)
+    opened = open_study(study, storage, home, sampler, _pruner(pruner), conditions)
     helpers = [_spawn(opened, storage, home, trials, device) for _ in range(workers - 1)]
     worker = Worker(
         opened,
@@ -158,7 +155,7 @@ def search(
         progress=progress,
     )
     try:
-        with _quiet():
+        with quiet():
             worker.work()
     except KeyboardInterrupt:
         print("interrupted: this is the result so far; run the same line again to go on", file=sys.stderr)
@@ -222,7 +219,9 @@ def _objective(
         return space, TrainObjective(space, data, recipe, seeds=(seed,), device=device)
     if recipe is not None or changes:
         given = next(iter(changes), "recipe")
-        raise SettingError(f"{given!r} is about training, but nothing is trained: the metrics come from {type(data).__name__}.")
+        raise SettingError(
+            f"{given!r} is about training, but nothing is trained: the metrics come from {type(data).__name__}."
+        )
     if isinstance(data, Objective):
         return (data.space if isinstance(data, TrainObjective) else space), data
     from nasbench.table import Table
@@ -255,183 +254,17 @@ def _check_combination(strategy: Any, directions: Mapping[str, str], pruner: Any
     if len(directions) > 1:
         raise SettingError(f"a pruner follows one objective, not {', '.join(directions)}. Leave pruner out.")
     if list(directions) != ["val_accuracy"] or not objective.trains:
-        raise SettingError("a pruner compares validation accuracies between epochs: it needs data and objectives='val_accuracy'.")
+        raise SettingError(
+            "a pruner compares validation accuracies between epochs: it needs data and objectives='val_accuracy'."
+        )
     if isinstance(pruner, str) and pruner not in _PRUNERS:
         raise SettingError(f"no pruner is called {pruner!r}; {nearest(pruner, _PRUNERS)}")
 
 
-def _pruner(pruner: str | optuna.pruners.BasePruner | None) -> optuna.pruners.BasePruner:
+def _pruner(pruner: str | BasePruner | None) -> BasePruner:
     if isinstance(pruner, str):
         return _PRUNERS[pruner]()
     return pruner or optuna.pruners.NopPruner()
-
-
-# Opening a study ---------------------------------------------------------------------------------------------------
-
-
-def _home(
-    study: str | optuna.Study | None,
-    storage: Any,
-    folder: Path,
-    space: SearchSpace,
-    objective: Objective,
-    conditions: Mapping[str, Any],
-) -> Path | None:
-    """Return the study's folder, or None if nothing is to be kept."""
-    if isinstance(study, optuna.Study):
-        if isinstance(study._storage, InMemoryStorage) and not objective.trains:
-            return None
-        name = study.study_name
-    elif study is None and storage is None and not objective.trains:
-        return None
-    elif study is None:
-        data = conditions["objective"].get("data", {}).get("name", conditions["objective"]["kind"])
-        stem = f"{type(space).__name__.lower()}-{data}-{conditions['strategy']['name']}".replace(":", "-").replace("/", "-")
-        name = next(n for n in (f"{stem}-{i}" for i in range(1, 1_000_000)) if not (folder / n).exists())
-    else:
-        name = study
-    if not name or Path(name).name != name or name in (".", ".."):
-        raise SettingError(f"study name {name!r} cannot be a folder name: use letters, digits, dots and dashes.")
-    home = folder / name
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        with (home / "study.lock").open("a"):
-            pass
-    except OSError as error:
-        raise StudyError(f"cannot write to the study's folder {home}: {error.strerror}. Choose another with folder=...") from None
-    return home
-
-
-def _open(
-    study: str | optuna.Study | None,
-    storage: Any,
-    home: Path | None,
-    sampler: BaseSampler,
-    pruner: optuna.pruners.BasePruner,
-    conditions: dict[str, Any],
-    seed: int,
-) -> optuna.Study:
-    directions = list(conditions["objectives"].values())
-    if isinstance(study, optuna.Study):
-        own = [d.name.lower() for d in study.directions]
-        if own != directions:
-            raise SettingError(f"your Optuna study has directions {own}, the objectives need {directions}.")
-        study.sampler, study.pruner = sampler, pruner
-        return study
-    with _quiet():
-        if home is None:
-            return optuna.create_study(directions=directions, sampler=sampler, pruner=pruner)
-        with FileLock(home / "study.lock"):
-            return _open_stored(home.name, open_storage(storage, home), sampler, pruner, conditions, directions)
-
-
-def _open_stored(
-    name: str, storage: Any, sampler: BaseSampler, pruner: Any, conditions: dict[str, Any], directions: list[str]
-) -> optuna.Study:
-    try:
-        known = name in optuna.get_all_study_names(storage)
-        opened = (
-            optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
-            if known
-            else optuna.create_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner, directions=directions)
-        )
-        environment = _environment()
-        if CONDITIONS not in opened.user_attrs:
-            if known and opened.get_trials(deepcopy=False):
-                raise ResumeError(
-                    f"study {name!r} in this storage was not written by nasbench. Choose another name, or pass the study "
-                    "itself: study=optuna.load_study(...)."
-                )
-            opened.set_user_attr(CONDITIONS, {**conditions, "environment": environment})
-            return opened
-    except StudyError:
-        raise
-    except Exception as error:
-        raise StudyError(f"study {name!r} cannot be read ({type(error).__name__}: {error!s:.300}). {_damage(storage)}") from error
-    _check_conditions(name, opened.user_attrs[CONDITIONS], conditions, environment)
-    return opened
-
-
-def _damage(storage: Any) -> str:
-    return "If its file is damaged, restore it from a copy or delete the study's folder and start again."
-
-
-def _check_conditions(name: str, old: Mapping[str, Any], new: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-    old = json.loads(json.dumps(old))
-    new = json.loads(json.dumps(new))
-    for key in ("space", "space_fingerprint", "objective", "objectives", "constraints", "strategy", "pruner", "seed"):
-        if old.get(key) != new[key]:
-            was, now = _difference(old.get(key), new[key])
-            raise ResumeError(
-                f"study {name!r} was written with {key} {was}; this call has {now}. "
-                "Restore the setting, or choose a new study name."
-            )
-    before = old.get("environment", {})
-    changed = [f"{k} {before.get(k)} before, {v} now" for k, v in environment.items() if before.get(k) != v]
-    if changed:
-        warnings.warn(
-            f"study {name!r} continues under other conditions ({'; '.join(changed)}): results may differ in the last bits "
-            "from an unbroken run.",
-            stacklevel=5,
-        )
-
-
-def _difference(old: Any, new: Any) -> tuple[str, str]:
-    """Return only the entries that differ, for a message."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-        if len(keys) == 1 and isinstance(old.get(keys[0]), dict) and isinstance(new.get(keys[0]), dict):
-            return _difference(old[keys[0]], new[keys[0]])
-        return ", ".join(f"{k}={old.get(k)}" for k in keys), ", ".join(f"{k}={new.get(k)}" for k in keys)
-    return str(old), str(new)
-
-
-def _environment() -> dict[str, Any]:
-    return {"threads": torch.get_num_threads(), "torch": version("torch"), "optuna": version("optuna"), "machine": platform.machine()}
-
-
-def open_storage(storage: str | BaseStorage | None, home: Path) -> BaseStorage:
-    """Return the Optuna storage for a URL, a journal file or None (study.db in the study's folder).
-
-    Raises:
-        StudyError: the storage cannot be opened.
-    """
-    if isinstance(storage, BaseStorage):
-        return storage
-    text = str(storage) if storage is not None else f"sqlite:///{home / 'study.db'}"
-    try:
-        if text.startswith("journal:///") or text.endswith((".log", ".journal")):
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-
-            return JournalStorage(JournalFileBackend(text.removeprefix("journal:///")))
-        if "://" not in text:
-            raise SettingError(
-                f"storage {text!r} is neither a URL nor a journal file. Write sqlite:///{text}, postgresql://..., or a name "
-                "that ends in .log."
-            )
-        sqlite = text.startswith("sqlite")
-        return optuna.storages.RDBStorage(
-            text,
-            heartbeat_interval=None if sqlite else 60,
-            grace_period=None if sqlite else 180,
-            engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else None,
-        )
-    except SettingError:
-        raise
-    except Exception as error:
-        raise StudyError(f"storage {text!r} cannot be opened ({type(error).__name__}: {error!s:.300}). {_damage(text)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Optuna from logging every trial beside our bar."""
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(level)
 
 
 # More processes ----------------------------------------------------------------------------------------------------
@@ -497,31 +330,6 @@ def join(
         progress=progress,
         **chosen,
     )
-
-
-def stored_conditions(study: str, storage: str | None = None, folder: str | Path = "runs") -> dict[str, Any]:
-    """Return what a stored study was made of.
-
-    Raises:
-        StudyError: there is no such study, or nasbench did not write it.
-    """
-    home = Path(folder) / study
-    if storage is None and not (home / "study.db").exists():
-        raise StudyError(f"there is no study {study!r} in {Path(folder)}/. Name another folder, or give its storage.")
-    with _quiet():
-        opened = open_storage(storage, home)
-        try:
-            names = optuna.get_all_study_names(opened)
-            if study not in names:
-                raise StudyError(f"this storage has no study {study!r}; {nearest(study, names)}")
-            attrs = optuna.load_study(study_name=study, storage=opened).user_attrs
-        except StudyError:
-            raise
-        except Exception as error:
-            raise StudyError(f"study {study!r} cannot be read ({type(error).__name__}: {error!s:.300}).") from error
-    if CONDITIONS not in attrs:
-        raise StudyError(f"study {study!r} was not written by nasbench.")
-    return dict(attrs[CONDITIONS])
 
 
 def _follow(objective: Objective, space: SearchSpace) -> SearchResult:

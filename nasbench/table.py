@@ -607,7 +607,7 @@ class _Packed:
             store, missing = (np.uint16, 2**16 - 1) if highest < 2**16 - 1 else (np.uint32, 2**32 - 1)
             codes = np.where(known, whole, missing).astype(store)
             off = np.where(known, _bits(matrix) - _bits(cls(codes, dtype, seeds, denominator)._floats()), 0).ravel()
-            if np.count_nonzero(off) <= off.size // 20 and off.min() >= -4 and off.max() <= 4:
+            if np.count_nonzero(off) <= off.size // 20:
                 fixes = {str(ulps): np.flatnonzero(off == ulps).tolist() for ulps in np.unique(off[off != 0])}
                 return cls(codes, dtype, seeds, denominator, fixes)
         return cls(matrix, dtype, seeds)

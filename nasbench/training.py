@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,8 @@ from search_spaces.operations import DropPath
 
 if TYPE_CHECKING:
     from nasbench.data import Data
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _FORMAT = 1  # of checkpoint files
 _FIELDS = {"identity", "step", "todo", "seconds", "sums", "loss", "model", "optimizer", "callbacks"}
@@ -265,7 +267,7 @@ class Run:
 
 
 def fit(
-    model: nn.Module,
+    model: Network,
     data: Data,
     recipe: Recipe | None = None,
     *,
@@ -277,7 +279,7 @@ def fit(
     split: str = "train",
     progress: bool = True,
     **changes: Any,
-) -> nn.Module:
+) -> Network:
     """Train `model` in place and return it, on `device` and in eval mode.
 
     Where torch.distributed is initialised (see `init_distributed`), every process calls this and each step's batch is
@@ -398,7 +400,7 @@ def _train(
                     saver.save_if_due()
             weights = [parameter.detach() for parameter in run.model.parameters()]
             if not math.isfinite(nn.utils.get_total_norm(weights)):
-                raise _diverged(run, finite, "weights")
+                raise _diverged(run, finite, "weights are")
         except TrainingDiverged:
             raise
         except BaseException as error:
@@ -449,7 +451,7 @@ def _one_step(
     run._hit_sum += (logits.detach().argmax(1) == y).sum() / len(y)
     if cheap:
         if not math.isfinite(value := run.last_loss):
-            raise _diverged(run, finite, "loss")
+            raise _diverged(run, finite, "loss is")
         finite = value
     loss.backward()
     for callback in callbacks:
@@ -463,7 +465,7 @@ def _one_step(
         if run.world > 1:
             dist.all_reduce(summed)
         if not math.isfinite(float(summed)):
-            raise _diverged(run, finite, "loss")
+            raise _diverged(run, finite, "loss is")
         finite = run.last_loss
     return finite
 
@@ -474,7 +476,7 @@ def _clip(run: Run, parameters: list[nn.Parameter], limit: float, finite: float)
         # For many small tensors one copy and one norm take half the time of a norm each.
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         if not math.isfinite(value := norm.item()):
-            raise _diverged(run, finite, "gradient")
+            raise _diverged(run, finite, "gradient is")
         if value <= limit:
             return
     else:
@@ -484,7 +486,7 @@ def _clip(run: Run, parameters: list[nn.Parameter], limit: float, finite: float)
 
 def _diverged(run: Run, finite: float, what: str) -> TrainingDiverged:
     return TrainingDiverged(
-        f"training diverged: the {what} is not finite at epoch {run.step // run.steps_per_epoch}, step {run.step} "
+        f"training diverged: the {what} not finite at epoch {run.step // run.steps_per_epoch}, step {run.step} "
         f"(last finite loss: {finite:.4g}). Lower lr={run.recipe.lr:g}, add warmup={run.recipe.warmup:g} "
         f"or lower clip={run.recipe.clip}"
     )

@@ -92,7 +92,11 @@ class Worker:
         self.failures.clear()  # those of earlier calls: their cause may be mended
         self._violations = 0
         with tqdm(
-            total=self.trials, initial=min(self.finished, self.trials), desc="search", unit="trial", disable=not self.progress
+            total=self.trials,
+            initial=min(self.finished, self.trials),
+            desc="search",
+            unit="trial",
+            disable=not self.progress,
         ) as bar:
             try:
                 while time.monotonic() < self.deadline:
@@ -133,9 +137,9 @@ class Worker:
         if self.folder is None:
             return None
         for running in self._running:
-            if running.user_attrs.get("host", platform.node()) != platform.node():
-                if not _stale(self.study, running):
-                    continue
+            here = running.user_attrs.get("host", platform.node()) == platform.node()
+            if not here and not _stale(self.study, running):
+                continue
             lock = self._trial_lock(running.number)
             try:
                 lock.acquire(timeout=0)
@@ -267,7 +271,9 @@ class Worker:
                 return
             keep = {t.number for t in self._front}
             for weights in self.folder.glob(f"trials/*/{WEIGHTS}"):
-                if weights.parent.name.isdecimal() and int(weights.parent.name) not in keep | {t.number for t in self._running}:
+                if weights.parent.name.isdecimal() and int(weights.parent.name) not in keep | {
+                    t.number for t in self._running
+                }:
                     shutil.rmtree(weights.parent, ignore_errors=True)
             folder = self.folder / "trials" / str(number)
             if number in keep:
@@ -306,7 +312,7 @@ class _Run(TrialRun):
 @contextmanager
 def _heartbeat(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
     """Record a sign of life while the block runs, for workers on other hosts, if the storage can."""
-    storage = study._storage
+    storage: Any = study._storage
     interval = storage.get_heartbeat_interval() if hasattr(storage, "get_heartbeat_interval") else None
     if interval is None:
         yield
@@ -328,7 +334,7 @@ def _heartbeat(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
 
 
 def _stale(study: optuna.Study, trial: FrozenTrial) -> bool:
-    storage = study._storage
+    storage: Any = study._storage
     if not hasattr(storage, "get_heartbeat_interval") or storage.get_heartbeat_interval() is None:
         return False
     return trial._trial_id in storage._get_stale_trial_ids(study._study_id)

@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from random import Random
 from typing import Any, Self
 
@@ -101,7 +102,9 @@ class Arch(Mapping[str, Option]):
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ArchError(f"not an architecture: {text[:80]!r} is no JSON ({error}). Write one with arch.to_json().") from None
+            raise ArchError(
+                f"not an architecture: {text[:80]!r} is no JSON ({error}). Write one with arch.to_json()."
+            ) from None
         if not isinstance(values, dict) or not all(v is None or type(v) in (str, int, float) for v in values.values()):
             raise ArchError(
                 f"not an architecture: {text[:80]!r} is no JSON object of strings, numbers and nulls. "
@@ -155,7 +158,7 @@ class SearchSpace(ABC):
         """Return the architecture as edges (from, to, label) for drawing. Default: the decisions as a chain."""
         steps = [f"{name} = {option}" for name, option in arch.items()]
         nodes = ["input", *steps, "output"]
-        return [(a, b, "") for a, b in zip(nodes, nodes[1:], strict=False)]
+        return [(a, b, "") for a, b in pairwise(nodes)]
 
     def parse(self, text: str) -> Arch:
         """Read an architecture of this space from text: JSON, or a space's own notation."""
@@ -178,15 +181,16 @@ class SearchSpace(ABC):
         if not isinstance(arch, Mapping):
             raise ArchError(f"{name} was given {type(arch).__name__} {arch!r:.80}, not an architecture. {hint}")
         if missing := [d for d in self.choices if d not in arch]:
-            raise ArchError(f"an architecture of {name} needs {', '.join(map(repr, missing))}, got {dict(arch)}. {hint}")
+            raise ArchError(
+                f"an architecture of {name} needs {', '.join(map(repr, missing))}, got {dict(arch)}. {hint}"
+            )
         if unknown := [d for d in arch if d not in self.choices]:
             raise ArchError(f"{name} has no decision {unknown[0]!r}; {nearest(unknown[0], self.choices)} {hint}")
         for decision, options in self.choices.items():
             option = arch[decision]
             if not any(option == o and type(option) is type(o) for o in options):
-                raise ArchError(
-                    f"decision {decision!r} of {name} has option {option!r}; choices are {', '.join(map(repr, options))}. {hint}"
-                )
+                legal = ", ".join(map(repr, options))
+                raise ArchError(f"decision {decision!r} of {name} has option {option!r}; choices are {legal}. {hint}")
         ordered = Arch({d: arch[d] for d in self.choices})
         if not self.is_valid(ordered):
             raise ArchError(f"{ordered} breaks a rule of {name}: {(type(self).is_valid.__doc__ or '').strip()} {hint}")
@@ -230,12 +234,12 @@ class SearchSpace(ABC):
                     if self.is_valid(candidate):
                         yield candidate
 
-    def _redraw(self, draw: Any) -> Arch:
+    def _redraw(self, draw: Callable[[], Arch]) -> Arch:
         for _ in range(10_000):
-            candidate: Arch = draw()
-            if self.is_valid(candidate):
+            if self.is_valid(candidate := draw()):
                 return candidate
-        raise ArchError(f"no valid architecture of {type(self).__name__} in 10,000 draws: is_valid is too strict to sample.")
+        name = type(self).__name__
+        raise ArchError(f"no valid architecture of {name} in 10,000 draws: its is_valid is too strict to sample.")
 
     # Numbers -------------------------------------------------------------------------------------------------------
 
@@ -245,8 +249,15 @@ class SearchSpace(ABC):
         return math.prod(len(options) for options in self.choices.values())
 
     def encode(self, arch: Mapping[str, Option]) -> tuple[int, ...]:
-        """Return the position of every option among its choices."""
-        return tuple(options.index(arch[d]) for d, options in self.choices.items())
+        """Return the position of every option among its choices.
+
+        Raises:
+            ArchError: the architecture is not of this space.
+        """
+        try:
+            return tuple(options.index(arch[d]) for d, options in self.choices.items())
+        except (KeyError, ValueError, TypeError):
+            return self.encode(self.check(arch))  # says what is wrong
 
     def decode(self, code: Sequence[int]) -> Arch:
         """Return the architecture whose `encode` is this.
@@ -255,7 +266,8 @@ class SearchSpace(ABC):
             ArchError: the code has the wrong length or a position out of range.
         """
         if len(code) != len(self.choices):
-            raise ArchError(f"a code of {type(self).__name__} has {len(self.choices)} positions, got {len(code)}: {code!r}.")
+            name, count = type(self).__name__, len(self.choices)
+            raise ArchError(f"a code of {name} has {count} positions, got {len(code)}: {code!r}.")
         for (decision, options), position in zip(self.choices.items(), code, strict=True):
             if not 0 <= position < len(options):
                 raise ArchError(f"position {position} of decision {decision!r} is outside 0..{len(options) - 1}.")
@@ -310,8 +322,16 @@ class SearchSpace(ABC):
     def require(self, *settings: str) -> None:
         """Raise `ArchError` if one of these settings is still ``None``: the space was not bound to data."""
         if unset := [s for s in settings if getattr(self, s) is None]:
-            name = type(self).__name__
-            raise ArchError(f"{name} does not know {' and '.join(unset)} yet. Use space.bind(data), or {name}({unset[0]}=...).")
+            name, lacking = type(self).__name__, " and ".join(unset)
+            raise ArchError(f"{name} does not know {lacking} yet. Use space.bind(data), or {name}({unset[0]}=...).")
+
+    def require_positive(self, *settings: str) -> None:
+        """Raise `ArchError` unless these settings are positive integers, or `classes` and `in_channels` not yet set."""
+        for name in settings:
+            value = getattr(self, name)
+            unbound = value is None and name in ("classes", "in_channels")
+            if not unbound and (type(value) is not int or value < 1):
+                raise ArchError(f"{type(self).__name__} was given {name}={value!r}; it is a positive integer.")
 
     def to_json(self) -> str:
         """Return the space's class name and settings as JSON: what a study or a table is checked against."""

@@ -72,11 +72,7 @@ class NASBench201(SearchSpace):
     in_channels: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("channels", "cells", "classes", "in_channels"):
-            value = getattr(self, name)
-            unbound = value is None and name in ("classes", "in_channels")
-            if not unbound and (type(value) is not int or value < 1):
-                raise ArchError(f"NASBench201 was given {name}={value!r}; it is a positive integer.")
+        self.require_positive("channels", "cells", "classes", "in_channels")
 
     @property
     def choices(self) -> Choices:

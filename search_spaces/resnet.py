@@ -59,10 +59,7 @@ class ResNet(SearchSpace):
                 raise ArchError(f"ResNet was given {name}={options!r}; it is a tuple of positive integers.")
             if not options or len(set(options)) < len(options):
                 raise ArchError(f"ResNet was given {name}={options!r}; it needs at least one option, each once.")
-        for name in ("classes", "in_channels"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ArchError(f"ResNet was given {name}={value!r}; it is a positive integer.")
+        self.require_positive("classes", "in_channels")
 
     @cached_property
     def choices(self) -> Choices:

@@ -23,7 +23,9 @@ def record(script: str, figures: dict[str, Any], seeds: Sequence[int] = (), **co
     """Write figures, seeds, command, commit, versions, threads and seconds to a JSON file beside the script."""
     here = Path(script).resolve()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here.parent, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here.parent, capture_output=True, text=True, check=False)
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "-uno"], cwd=here.parent, capture_output=True, text=True, check=False
+    )
     entry = {
         "figures": figures,
         "seeds": list(seeds),

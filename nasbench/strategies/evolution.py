@@ -122,7 +122,9 @@ class Grid(Strategy):
         for arch in canonical_archs(space):
             if arch not in history.tried and arch not in pending:
                 return arch
-        raise SpaceExhausted(f"all {len(canonical_archs(space))} architectures of {type(space).__name__} were proposed.")
+        raise SpaceExhausted(
+            f"all {len(canonical_archs(space))} architectures of {type(space).__name__} were proposed."
+        )
 
 
 @lru_cache(maxsize=8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
@@ -46,7 +46,7 @@ class OptunaStrategy:
         {'n_startup_trials': 5}
         >>> OptunaStrategy("tpee")
         Traceback (most recent call last):
-        nasbench.errors.SettingError: Optuna has no sampler 'tpee' here; did you mean 'tpe'? Known: gp, nsga2, nsga3, ...
+        nasbench.errors.SettingError: Optuna has no sampler 'tpee' here; did you mean 'tpe'? ...
     """
 
     many_objectives = True
@@ -72,7 +72,7 @@ class OptunaStrategy:
         return dict(self.options)
 
     def sampler(self, space: SearchSpace, seed: int = 0) -> BaseSampler:
-        """Return an Optuna sampler whose every proposal depends on the seed, the trial's number and the history only."""
+        """Return an Optuna sampler whose proposals depend on the seed, the trial's number and the history only."""
         return ReseededSampler(self._make, space, seed)
 
     def _make(self, seed: int) -> BaseSampler:
@@ -126,7 +126,7 @@ class ReseededSampler(BaseSampler):
         self._of(trial).before_trial(study, trial)
 
     def after_trial(
-        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: list[float] | None
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """Let the trial's sampler take note of the result."""
         self._of(trial).after_trial(study, trial, state, values)

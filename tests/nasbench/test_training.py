@@ -1,4 +1,4 @@
-"""Recipe, fit, checkpoints, scores, data-parallel training. Run as a script, this file is a worker process of its tests."""
+"""Recipe, fit, checkpoints, scores, data-parallel training. Run as a script, this file is a worker of its own tests."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from torch.nn import functional
 from nasbench import training
 from nasbench.data import Data, from_arrays, load
 from nasbench.errors import CheckpointError, DataError, SettingError, TrainingDiverged
+from nasbench.files import atomic_write
 from nasbench.training import Callback, Recipe, Run, evaluate, fit, init_distributed, pick_device, validate
 from search_spaces.operations import DropPath
 
@@ -37,18 +38,25 @@ def _data(images: int = 60) -> Data:
     return from_arrays(x, y, x[::2], y[::2], name="noise")
 
 
-def _net(*, seed: int = 0, norm: bool = True, dropout: float = 0.3) -> nn.Sequential:
+class _Net(nn.Module):
+    def __init__(self, norm: bool, dropout: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1, bias=not norm)
+        self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
+        self.path = DropPath()
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(256, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.path(self.norm(self.conv(x)).relu())
+        logits: Tensor = self.head(self.dropout(x.flatten(1)))
+        return logits
+
+
+def _net(seed: int = 0, *, norm: bool = True, dropout: float = 0.3) -> _Net:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1),
-            nn.BatchNorm2d(4) if norm else nn.Identity(),
-            nn.ReLU(),
-            DropPath(),
-            nn.Flatten(),
-            nn.Dropout(dropout),
-            nn.Linear(256, 3),
-        )
+        return _Net(norm, dropout)
 
 
 def _same(first: nn.Module, second: nn.Module) -> bool:
@@ -58,14 +66,11 @@ def _same(first: nn.Module, second: nn.Module) -> bool:
 
 
 class _Stop(Callback):
-    """Raises in the given hook, the `count`-th time it is called."""
+    """Raises in the given hook, when that is called after so many steps."""
 
-    def __init__(self, hook: str, count: int, error: type[BaseException] = KeyboardInterrupt) -> None:
-        self.left = count
-
-        def stop(run: Run) -> None:
-            self.left -= 1
-            if self.left == 0:
+    def __init__(self, hook: str, step: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        def stop(run: Run, *_: Tensor) -> None:
+            if run.step == step:
                 raise error("stopped by the test")
 
         setattr(self, hook, stop)
@@ -201,14 +206,14 @@ class TestFit:
         assert not _same(first, other)
 
     def test_leaves_global_randomness_alone(self) -> None:
-        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
         model = fit(_net(), _data(), epochs=1, **QUICK)
         torch.rand(3)  # whatever was drawn before must not matter either
         other = fit(_net(), _data(), epochs=1, **QUICK)
         torch.set_rng_state(before[0])
         fit(_net(), _data(), epochs=1, **QUICK)
         assert torch.equal(torch.get_rng_state(), before[0])
-        assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]  # noqa: NPY002
+        assert (random.getstate(), str(np.random.get_state())) == before[1:]  # noqa: NPY002
         assert _same(model, other)
 
     def test_afterwards_model_is_ready_to_use(self) -> None:
@@ -217,7 +222,7 @@ class TestFit:
         assert all(parameter.grad is None for parameter in model.parameters())
 
     def test_weight_decay_spares_norms_and_biases(self) -> None:
-        seen = {}
+        seen: dict[float, set[str]] = {}
 
         class Look(Callback):
             def on_start(self, run: Run) -> None:
@@ -226,15 +231,15 @@ class TestFit:
                     seen[group["weight_decay"]] = {names[parameter] for parameter in group["params"]}
 
         fit(_net(), _data(), epochs=1, weight_decay=0.01, callbacks=[Look()], **QUICK)
-        assert seen == {0.01: {"0.weight", "6.weight"}, 0.0: {"0.bias", "1.weight", "1.bias", "6.bias"}}
+        assert seen == {0.01: {"conv.weight", "head.weight"}, 0.0: {"norm.weight", "norm.bias", "head.bias"}}
 
     def test_frozen_parameters_stay(self) -> None:
         model = _net()
-        model[0].weight.requires_grad_(False)
-        before = model[0].weight.clone(), model[6].weight.clone()
+        model.conv.weight.requires_grad_(False)
+        before = model.conv.weight.clone(), model.head.weight.clone()
         fit(model, _data(), epochs=1, weight_decay=0.1, **QUICK)
-        assert torch.equal(model[0].weight, before[0])
-        assert not torch.equal(model[6].weight, before[1])
+        assert torch.equal(model.conv.weight, before[0])
+        assert not torch.equal(model.head.weight, before[1])
 
     def test_clip_limits_the_whole_gradient(self) -> None:
         norms = []
@@ -260,7 +265,7 @@ class TestFit:
 
         class Look(Callback):
             def on_epoch(self, run: Run) -> None:
-                seen.append(model[3].p)
+                seen.append(model.path.p)
 
         fit(model, _data(), epochs=3, drop_path=0.4, callbacks=[Look()], **QUICK)
         assert seen == pytest.approx([0, 0.2, 0.4])
@@ -278,10 +283,11 @@ class TestFit:
                 seen.append(x.is_contiguous(memory_format=torch.channels_last))
 
         data = from_arrays(np.zeros((20, 8, 8, 3), np.uint8), np.arange(20) % 2)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        conv = nn.Conv2d(3, 4, 3)
+        model = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
         fit(model, data, epochs=1, channels_last=channels_last, callbacks=[Look()], **QUICK)
         assert set(seen) == {channels_last}
-        assert model[0].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
     @pytest.mark.parametrize(("amp", "kind"), [(True, torch.bfloat16), (False, torch.float32), (None, torch.float32)])
     def test_amp(self, amp: bool | None, kind: torch.dtype) -> None:
@@ -298,7 +304,7 @@ class TestFit:
     def test_label_smoothing_is_in_the_loss(self) -> None:
         class Look(Callback):
             def loss(self, run: Run, x: Tensor, y: Tensor, logits: Tensor) -> None:
-                self.expected = float(functional.cross_entropy(logits, y, label_smoothing=0.2))
+                self.expected = float(functional.cross_entropy(logits.detach(), y, label_smoothing=0.2))
 
             def on_step(self, run: Run) -> None:
                 assert run.last_loss == self.expected
@@ -389,7 +395,7 @@ class TestDivergence:
     def test_gradient_is_seen_before_it_reaches_the_weights(self) -> None:
         class Spoil(Callback):
             def on_backward(self, run: Run) -> None:
-                next(iter(run.model.parameters())).grad.fill_(math.nan)
+                next(run.model.parameters()).grad = torch.full((4, 1, 3, 3), math.nan)
 
         model = _net()
         with pytest.raises(TrainingDiverged, match="the gradient is not finite at epoch 0, step 0"):
@@ -401,9 +407,9 @@ class TestDivergence:
             def on_step(self, run: Run) -> None:
                 if run.step == 6:
                     with torch.no_grad():
-                        next(iter(run.model.parameters())).fill_(math.inf)
+                        next(run.model.parameters()).fill_(math.inf)
 
-        with pytest.raises(TrainingDiverged, match="the weights is not finite|the weights are not finite"):
+        with pytest.raises(TrainingDiverged, match="the weights are not finite"):
             fit(_net(), _data(), epochs=1, callbacks=[Spoil()], **QUICK)
 
     def test_no_bad_checkpoint_is_left(self, tmp_path: Path) -> None:
@@ -448,11 +454,12 @@ class TestCallbacks:
         seen = []
 
         class Look(Callback):
-            losses: list[float]
+            def __init__(self) -> None:
+                self.losses: list[float] = []
+                self.hits: list[float] = []
 
             def on_start(self, run: Run) -> None:
                 assert math.isnan(run.train_loss) and math.isnan(run.train_accuracy)
-                self.losses, self.hits = [], []
 
             def loss(self, run: Run, x: Tensor, y: Tensor, logits: Tensor) -> None:
                 self.hits.append((logits.argmax(1) == y).float().mean().item())
@@ -481,9 +488,9 @@ class TestCallbacks:
                 assert run.last_loss == 7.0
 
         model = _net()
-        before = model[6].weight.clone()
+        before = model.head.weight.clone()
         fit(model, _data(), epochs=1, weight_decay=0, callbacks=[Give(None), Give(7.0), Give(8.0)], **QUICK)
-        assert torch.equal(model[6].weight, before)  # a constant loss teaches nothing
+        assert torch.equal(model.head.weight, before)  # a constant loss teaches nothing
 
     def test_validating_in_between_changes_nothing(self) -> None:
         class Validate(Callback):
@@ -500,7 +507,7 @@ class TestCheckpoint:
     @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
     @pytest.mark.parametrize("every", [0.0, 1e9])
     def test_interrupted_anywhere_equals_unbroken(self, optimizer: str, every: float, tmp_path: Path) -> None:
-        """Batch norm, dropout, drop-path and a callback with state; stopped at three random steps, one of them twice."""
+        """Batch norm, dropout, drop-path and a callback with state; stopped at four random steps."""
         data, settings = (
             _data(),
             QUICK | {"epochs": 3, "optimizer": optimizer, "lr": 0.01, "drop_path": 0.3, "warmup": 1},
@@ -508,28 +515,11 @@ class TestCheckpoint:
         whole = _Average()
         expected = fit(_net(), data, seed=3, callbacks=[whole], **settings)
         rng, file = random.Random(f"{optimizer} {every}"), tmp_path / "run.pt"
-        for stop in sorted(rng.sample(range(1, 18), 3)):
-            stops = [_Stop("on_step", 1), _Stop("on_step", 2, RuntimeError)]
-            done = torch.load(file, weights_only=True)["step"] if file.exists() else 0
-            stops[0].left = max(1, stop - done)
-            with pytest.raises((KeyboardInterrupt, RuntimeError), match="stopped by the test"):
-                fit(
-                    _net(seed=9),  # the checkpoint brings the weights
-                    data,
-                    seed=3,
-                    callbacks=[stops[0], _Average()] if stop % 2 else [_Average(), stops[0]],
-                    checkpoint=file,
-                    checkpoint_every=every,
-                    **settings,
-                ) if file.exists() else fit(
-                    _net(),
-                    data,
-                    seed=3,
-                    callbacks=[_Average(), stops[0]],
-                    checkpoint=file,
-                    checkpoint_every=every,
-                    **settings,
-                )
+        for stop, model in zip(sorted(rng.sample(range(1, 19), 4)), [_net(), *map(_net, (7, 8, 9))], strict=True):
+            callbacks: list[Callback] = [_Average(), _Stop("on_step", stop, rng.choice([KeyboardInterrupt, OSError]))]
+            rng.shuffle(callbacks)
+            with pytest.raises((KeyboardInterrupt, OSError), match="stopped by the test"):
+                fit(model, data, seed=3, callbacks=callbacks, checkpoint=file, checkpoint_every=every, **settings)
             assert torch.load(file, weights_only=True)["step"] == stop
         part = _Average()
         model = fit(_net(seed=9), data, seed=3, callbacks=[part], checkpoint=file, **settings)
@@ -543,9 +533,7 @@ class TestCheckpoint:
         data, file = _data(), tmp_path / "run.pt"
         whole, part = _Average(), _Average()
         expected = fit(_net(), data, epochs=2, callbacks=[whole], **QUICK)
-        stop = _Stop(hook, 2)
-        if hook == "loss":
-            stop.loss = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("stopped by the test"))  # type: ignore[method-assign]
+        stop = _Stop(hook, 6)
         settings: dict[str, Any] = QUICK | {"epochs": 2, "checkpoint": file, "checkpoint_every": 0}
         with pytest.raises(KeyboardInterrupt):
             fit(_net(), data, callbacks=[stop, _Average()], **settings)
@@ -553,20 +541,6 @@ class TestCheckpoint:
         assert _same(model, expected)
         assert part.epochs == whole.epochs
         assert all(torch.equal(part.mean[name], mean) for name, mean in whole.mean.items())
-
-    def test_killed_process_continues_in_another(self, tmp_path: Path) -> None:
-        """Two processes with one thread each compute the same bits."""
-        file = tmp_path / "run.pt"
-        assert _start("killed", file).wait(60) == 9
-        step = torch.load(file, weights_only=True)["step"]
-        assert step == 5
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            continued, unbroken = (fit(_net(), _data(), epochs=2, checkpoint=c, **QUICK) for c in (file, None))
-        finally:
-            torch.set_num_threads(threads)
-        assert _same(continued, unbroken)
 
     def test_finished_run_returns_at_once(self, tmp_path: Path) -> None:
         data, file, calls = _data(), tmp_path / "deep" / "run.pt", []
@@ -587,7 +561,7 @@ class TestCheckpoint:
 
     def test_written_when_the_time_has_come(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         saved, clock = [], itertools.count()
-        monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))
+        monkeypatch.setattr("nasbench.training.time.monotonic", lambda: float(next(clock)))
 
         class Look(Callback):
             def state_dict(self) -> dict[str, Any]:
@@ -615,10 +589,11 @@ class TestCheckpoint:
     )
     def test_of_another_run(self, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
         settings: dict[str, Any] = QUICK | {"epochs": 1, "checkpoint": tmp_path / "run.pt"}
+        other: dict[str, Any] = {"model": _net(), "data": _data()} | settings | changes
         fit(_net(), _data(), **settings)
         before = (tmp_path / "run.pt").read_bytes()
         with pytest.raises(CheckpointError, match=f"belongs to another run: {message}.*delete it to train anew"):
-            fit(**{"model": _net(), "data": _data()} | settings | changes)
+            fit(**other)
         assert (tmp_path / "run.pt").read_bytes() == before
 
     @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign", "pickle", "old"])
@@ -680,12 +655,12 @@ class TestCheckpoint:
     def test_callback_that_changed_the_model_is_missing(self, tmp_path: Path) -> None:
         class Mask(Callback):
             def on_start(self, run: Run) -> None:
-                run.model[6].register_buffer("mask", torch.ones(3, 256))
+                run.model.get_submodule("head").register_buffer("mask", torch.ones(3, 256))
 
         settings: dict[str, Any] = QUICK | {"epochs": 1, "checkpoint": tmp_path / "run.pt"}
         masked = fit(_net(), _data(), callbacks=[Mask()], **settings)
         assert _same(fit(_net(), _data(), callbacks=[Mask()], **settings), masked)
-        with pytest.raises(CheckpointError, match="does not fit model or optimizer: .*6.mask"):
+        with pytest.raises(CheckpointError, match="(?s)does not fit model or optimizer: .*head.mask"):
             fit(_net(), _data(), **settings)
 
 
@@ -701,7 +676,7 @@ class TestScores:
 
     def test_modules_keep_their_modes(self) -> None:
         model, data = _net(), _data()
-        model[1].eval()
+        model.norm.eval()
         before = copy.deepcopy(model)
         validate(model, data)
         evaluate(model, data)
@@ -709,13 +684,13 @@ class TestScores:
         assert _same(model, before)
 
     def test_only_evaluate_reads_test_images(self) -> None:
-        with pytest.raises(DataError, match="only nasbench.evaluate reads test images"):
+        with pytest.raises(DataError, match="only nasbench.evaluate reads the test images"):
             validate(_net(), _data(), split="test")
-        assert evaluate(_net(), _data())["test_accuracy"] * 30 == pytest.approx(
-            round(evaluate(_net(), _data())["test_accuracy"] * 30)
-        )
+        hits = evaluate(_net(), _data())["test_accuracy"] * 30
+        assert hits == pytest.approx(round(hits))
 
 
+@pytest.mark.filterwarnings("ignore:Grad strides do not match")  # of a convolution with one input channel; harmless
 class TestDistributed:
     def test_outside_torchrun(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -736,26 +711,59 @@ class TestDistributed:
         with pytest.raises(SettingError, match=message):
             init_distributed()
 
-    def test_two_processes_equal_one(self, tmp_path: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        workers = [_start("rank", tmp_path / f"{rank}.pt", **_environment(rank, 2, port)) for rank in (0, 1)]
-        assert [worker.wait(120) for worker in workers] == [0, 0]
-        results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-        for steps in ("one step", "two epochs", "continued"):
-            first, second = (result[steps] for result in results)
-            assert all(torch.equal(first[name], second[name]) for name in first)
+    def test_two_processes_equal_one(self, processes: Path) -> None:
+        first, second = (torch.load(processes / f"{rank}.pt", weights_only=True) for rank in (0, 1))
         once, twice = _net(norm=False, dropout=0), _net(norm=False, dropout=0)
         with pytest.raises(KeyboardInterrupt):
             fit(once, _data(), callbacks=[_Stop("on_step", 1)], **QUICK)
         fit(twice, _data(), epochs=2, **QUICK)
-        for name, tensor in once.state_dict().items():
-            torch.testing.assert_close(results[0]["one step"][name], tensor, rtol=0, atol=1e-6)
-        for name, tensor in twice.state_dict().items():
-            torch.testing.assert_close(results[0]["two epochs"][name], tensor, rtol=0, atol=1e-4)
-            assert torch.equal(results[0]["continued"][name], results[0]["two epochs"][name])
-        assert [result["files"] for result in results] == [1, 0]
+        for name, model, error in (("one step", once, 1e-6), ("two epochs", twice, 1e-4)):
+            for key, tensor in model.state_dict().items():
+                assert torch.equal(first[name][key], second[name][key])
+                torch.testing.assert_close(first[name][key], tensor, rtol=0, atol=error)
+
+    def test_interrupted_processes_continue(self, processes: Path) -> None:
+        for rank in (0, 1):
+            models = torch.load(processes / f"{rank}.pt", weights_only=True)
+            for key, tensor in models["two epochs"].items():
+                assert torch.equal(models["continued"][key], tensor)
+
+    def test_rank_0_alone_writes(self, processes: Path) -> None:
+        written = [torch.load(processes / f"{rank}.pt", weights_only=True)["written"] for rank in (0, 1)]
+        assert written == [2, 0]  # at the interruption, and at the end
+
+    def test_killed_process_continues_in_another(self, processes: Path) -> None:
+        """Two processes with one thread each compute the same bits."""
+        file = processes / "killed.pt"
+        assert torch.load(file, weights_only=True)["step"] == 5
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            continued, unbroken = (fit(_net(), _data(), epochs=2, checkpoint=c, **QUICK) for c in (file, None))
+        finally:
+            torch.set_num_threads(threads)
+        assert _same(continued, unbroken)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which this process and another, as ranks 0 and 1, and then the other alone, left their results."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | paths | _environment(1, 2, port)
+    other = subprocess.Popen([sys.executable, __file__, str(folder)], env=environment)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in _environment(0, 2, port).items():
+                patch.setenv(name, value)
+            _as_rank(folder)
+        assert other.wait(60) == 9
+    finally:
+        other.kill()
+    return folder
 
 
 def _environment(rank: int, world: int, port: int) -> dict[str, str]:
@@ -764,12 +772,35 @@ def _environment(rank: int, world: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
-def _start(role: str, file: Path, **environment: str) -> subprocess.Popen[bytes]:
-    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, __file__, role, str(file)], env=os.environ | paths | environment)
+def _as_rank(folder: Path) -> None:
+    """Train as one of two processes: one step; two epochs; two epochs with an interruption."""
+    rank, world = init_distributed()
+    assert (world, init_distributed()) == (2, (rank, world))
+    written = []
+
+    def noted(path: str | Path) -> Any:
+        written.append(path)
+        return atomic_write(path)
+
+    one, two, first = (_net(norm=False, dropout=0) for _ in range(3))
+    settings: dict[str, Any] = QUICK | {"epochs": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "atomic_write", noted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(one, _data(), callbacks=[_Stop("on_step", 1)], **settings)
+        fit(two, _data(), **settings)
+        settings["checkpoint"] = folder / "shared.pt"
+        with pytest.raises(KeyboardInterrupt):
+            fit(first, _data(), callbacks=[_Stop("on_step", 8)], **settings)
+        torch.distributed.barrier()
+        continued = fit(_net(seed=rank, norm=False, dropout=0), _data(), **settings)
+    torch.distributed.destroy_process_group()
+    models = {"one step": one, "two epochs": two, "continued": continued}
+    states: dict[str, Any] = {name: model.state_dict() for name, model in models.items()}
+    torch.save(states | {"written": len(written)}, folder / f"{rank}.pt")
 
 
-def _killed(file: Path) -> None:
+def _to_be_killed(folder: Path) -> None:
     """Train with a checkpoint every step, and be gone in the midst of the sixth."""
 
     class Kill(Callback):
@@ -777,34 +808,10 @@ def _killed(file: Path) -> None:
             if run.step == 5:
                 os._exit(9)
 
-    torch.set_num_threads(1)
-    fit(_net(), _data(), epochs=2, checkpoint=file, checkpoint_every=0, callbacks=[Kill()], **QUICK)
-
-
-def _rank(file: Path) -> None:
-    """Train as one of two processes: one step; two epochs; two epochs with an interruption."""
-    torch.set_num_threads(1)
-    rank, world = init_distributed()
-    assert world == 2
-    one, two, continued = (_net(seed=0, norm=False, dropout=0) for _ in range(3))
-    written: list[Path] = []
-    whole = training.atomic_write
-    training.atomic_write = lambda path: written.append(Path(path)) or whole(path)  # type: ignore[func-returns-value]
-    try:
-        fit(one, _data(), callbacks=[_Stop("on_step", 1)], **QUICK)
-    except KeyboardInterrupt:
-        fit(two, _data(), epochs=2, **QUICK)
-    settings: dict[str, Any] = QUICK | {"epochs": 2, "checkpoint": file.with_name("shared.pt")}
-    try:
-        fit(continued, _data(), callbacks=[_Stop("on_step", 8)], **settings)
-    except KeyboardInterrupt:
-        files = len(written)
-        torch.distributed.barrier()
-        continued = fit(_net(seed=rank, norm=False, dropout=0), _data(), **settings)  # type: ignore[assignment]
-    states = {"one step": one, "two epochs": two, "continued": continued}
-    torch.save({name: model.state_dict() for name, model in states.items()} | {"files": files}, file)
-    torch.distributed.destroy_process_group()
+    fit(_net(), _data(), epochs=2, checkpoint=folder / "killed.pt", checkpoint_every=0, callbacks=[Kill()], **QUICK)
 
 
 if __name__ == "__main__":
-    {"killed": _killed, "rank": _rank}[sys.argv[1]](Path(sys.argv[2]))
+    torch.set_num_threads(1)
+    _as_rank(Path(sys.argv[1]))
+    _to_be_killed(Path(sys.argv[1]))

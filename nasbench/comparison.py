@@ -1,0 +1,369 @@
+"""Strategies side by side: equal budgets, the same seeds, and always random search among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from nasbench import strategies as registry
+from nasbench.data import Data
+from nasbench.errors import SettingError, StudyError
+from nasbench.files import atomic_write
+from nasbench.objective import Objective
+from nasbench.result import SearchResult, Trial
+from nasbench.strategies import OptunaStrategy, Strategy
+from nasbench.study import search
+from nasbench.table import Table
+from nasbench.training import Recipe, evaluate, pick_device
+from search_spaces.base import Arch, SearchSpace, nearest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+StrategyLike = str | Strategy | OptunaStrategy
+
+FORMAT = 1
+BASELINE = "random"
+_GREY = "#7f7f7f"
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#5b3a8c")
+_TESTED = ("test_accuracy", "test_loss")
+_SETTINGS = ("constraints", "device", "metrics", "pruner", "recipe", "storage", "workers")
+_SETTINGS += tuple(field.name for field in dataclasses.fields(Recipe))
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Every run of every strategy; print it, plot it, save it.
+
+    Attributes:
+        names: the strategies; "random" is the first.
+        seeds: each strategy has one run with each of them.
+        objective, direction: the metric that was optimised, and "maximize" or "minimize".
+        values: (strategies, seeds, trials), that metric of every complete trial in order of completion. NaN follows
+            where a run has fewer complete trials: some were pruned, or the strategy had no more to propose.
+        choices: the best architecture of every run, by strategy and seed.
+        seconds: (strategies, seeds), wall time of the searches; of a continued run only the rest.
+        report: a metric of the choice that no search saw, or None.
+        reports: (strategies, seeds, trials), that metric of what would be chosen after every trial. Measured on test
+            images it is known of the final choice alone, and NaN before.
+        conditions: space, data, objective and strategies, as JSON values.
+    """
+
+    names: tuple[str, ...]
+    seeds: tuple[int, ...]
+    objective: str
+    direction: str
+    values: Floats
+    choices: tuple[tuple[Arch, ...], ...]
+    seconds: Floats
+    report: str | None
+    reports: Floats | None
+    conditions: Mapping[str, Any]
+
+    @property
+    def trials(self) -> int:
+        """The budget of a run in trials."""
+        return self.values.shape[2]
+
+    @cached_property
+    def curves(self) -> Floats:
+        """(strategies, seeds, trials), the best value so far; a run with fewer complete trials keeps its last."""
+        better = np.fmax if self.direction == "maximize" else np.fmin  # these pass over NaN
+        curves: Floats = better.accumulate(self.values, axis=2)
+        return curves
+
+    @property
+    def reported(self) -> Floats | None:
+        """(strategies, seeds), the report metric of the final choice; None if none was asked for."""
+        return None if self.reports is None else self.reports[:, :, -1]
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return one row a strategy.
+
+        `mean`, `std` (n - 1) and `median` are of the final value over seeds. `rank` is 1 for the best strategy of a
+        seed, ties shared, averaged over seeds. `p` is of a two-sided Wilcoxon signed-rank test against random search,
+        paired by seed; None for random search itself. With a report metric there are `report_mean`, `report_std`,
+        `report_median` and `report_p` too. `seconds` is the sum over seeds.
+        """
+        from scipy.stats import rankdata
+
+        final, reported = self.curves[:, :, -1], self.reported
+        ranks = rankdata(-final if self.direction == "maximize" else final, axis=0).mean(axis=1)
+        rows = []
+        for i, name in enumerate(self.names):
+            row = {"strategy": name, **self._figures(final, i), "rank": float(ranks[i])}
+            if reported is not None:
+                row |= {f"report_{key}": value for key, value in self._figures(reported, i).items()}
+            rows.append(row | {"seconds": float(self.seconds[i].sum())})
+        return rows
+
+    def _figures(self, values: Floats, i: int) -> dict[str, float | None]:
+        """Return mean, std, median and p of strategy `i`; values are (strategies, seeds)."""
+        from scipy.stats import wilcoxon
+
+        figures: dict[str, float | None] = {
+            "mean": float(values[i].mean()),
+            "std": float(values[i].std(ddof=1)),
+            "median": float(np.median(values[i])),
+            "p": None,
+        }
+        if self.names[i] != BASELINE:
+            difference = values[i] - values[self.names.index(BASELINE)]
+            figures["p"] = float(wilcoxon(difference).pvalue) if difference.any() else 1.0
+        return figures
+
+    def __str__(self) -> str:
+        metrics = {"": self.objective} | ({"report_": self.report} if self.report else {})
+        table = [["strategy"]]
+        for start, metric in metrics.items():
+            table[0] += [metric, "median", "p", *(["rank"] if not start else [])]
+        table[0].append("seconds")
+        for row in self.summary():
+            cells = [row["strategy"]]
+            for start in metrics:
+                p = row[f"{start}p"]
+                cells += [f"{row[f'{start}mean']:.4g} ± {row[f'{start}std']:.2g}", f"{row[f'{start}median']:.4g}"]
+                cells += ["-" if p is None else f"{p:.2g}", *([f"{row['rank']:.2f}"] if not start else [])]
+            table.append([*cells, f"{row['seconds']:.1f}"])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        pairs = [list(zip(cells, widths, strict=True)) for cells in table]
+        lines = ["  ".join([p[0][0].ljust(p[0][1]), *(cell.rjust(width) for cell, width in p[1:])]) for p in pairs]
+        smallest = 2.0 ** (1 - len(self.seeds))
+        note = f", which cannot fall below {smallest:.2g} with {len(self.seeds)} seeds" if smallest > 0.05 else ""
+        head = f"{self._title()}: {self.direction} {self.objective}"
+        foot = f"mean ± std over seeds; p of a two-sided Wilcoxon signed-rank test against random, paired by seed{note}"
+        return "\n".join([head, *lines, foot])
+
+    def _title(self) -> str:
+        return f"{self.conditions['space']['space']}, {self.conditions['data']}, {self.trials} trials, {len(self.seeds)} seeds"
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw the mean best value over trials, and beside it the report metric of the choice; return the figure.
+
+        Lines are means over seeds, bands their standard error. Where the report metric is known of the final choices
+        only, or there is none, the second panel shows the final values of single seeds with their mean.
+
+        Args:
+            path: also save it there, as PNG, PDF or SVG by its ending.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        self._draw_curves(left, self.curves, f"best {self.objective} so far")
+        if self.reports is not None and not np.isnan(self.reports).any():
+            self._draw_curves(right, self.reports, f"{self.report} of the choice so far")
+        elif self.reported is not None:
+            self._draw_strip(right, self.reported, f"{self.report} of the choice")
+        else:
+            self._draw_strip(right, self.curves[:, :, -1], f"best {self.objective}")
+        left.legend(frameon=False, loc="lower right" if self.direction == "maximize" else "upper right")
+        figure.suptitle(f"{self._title()}; mean ± standard error over seeds", fontsize=10)
+        if path is not None:
+            target = Path(path)
+            with atomic_write(target) as temporary:
+                figure.savefig(temporary, format=target.suffix.lstrip(".") or "png", dpi=120)
+        return figure
+
+    def _colours(self) -> Iterator[tuple[str, str]]:
+        others = [name for name in self.names if name != BASELINE]
+        colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(others)} | {BASELINE: _GREY}
+        return ((name, colours[name]) for name in self.names)
+
+    def _draw_curves(self, axes: Axes, values: Floats, label: str) -> None:
+        """Draw (strategies, seeds, trials); the axis is cut to what happens after the first twentieth of the budget."""
+        trials = np.arange(1, self.trials + 1)
+        mean = values.mean(axis=1)
+        error = values.std(axis=1, ddof=1) / np.sqrt(len(self.seeds))
+        for i, (name, colour) in enumerate(self._colours()):
+            axes.plot(trials, mean[i], color=colour, label=name, linewidth=1.6)
+            axes.fill_between(trials, mean[i] - error[i], mean[i] + error[i], color=colour, alpha=0.2, linewidth=0)
+        late = slice(self.trials // 20, None)
+        low, high = (mean - error)[:, late].min(), (mean + error)[:, late].max()
+        if high > low:
+            axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        axes.set(xlabel="trials", ylabel=label, xlim=(0, self.trials))
+        _tidy(axes)
+
+    def _draw_strip(self, axes: Axes, values: Floats, label: str) -> None:
+        """Draw (strategies, seeds) as columns of dots."""
+        offsets = np.linspace(-0.15, 0.15, len(self.seeds))
+        for i, (_, colour) in enumerate(self._colours()):
+            axes.plot(i + offsets, values[i], "o", color=colour, markersize=4, alpha=0.6, markeredgewidth=0)
+            error = values[i].std(ddof=1) / np.sqrt(len(self.seeds))
+            axes.errorbar(i + 0.3, values[i].mean(), error, fmt="_", color=colour, markersize=12, capsize=3)
+        axes.set_xticks(range(len(self.names)), self.names)
+        axes.set(ylabel=label)
+        _tidy(axes)
+
+    # Files ---------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """Return everything as JSON."""
+        entry = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("values", "seconds", "reports"):
+            entry[name] = _listed(entry[name])
+        entry["choices"] = [[dict(arch) for arch in row] for row in self.choices]
+        return json.dumps({"format": FORMAT, **entry}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Comparison:
+        """Read what `to_json` wrote.
+
+        Raises:
+            StudyError: the text is no comparison, or is of a newer format.
+        """
+        try:
+            entry = dict(json.loads(text))
+            if (found := entry.pop("format")) > FORMAT:
+                raise StudyError(f"the comparison has format {found}, this version reads up to {FORMAT}. Update nasbench.")
+            for name in ("values", "seconds", "reports"):
+                entry[name] = None if entry[name] is None else np.array(entry[name], np.float64)
+            for name in ("names", "seeds"):
+                entry[name] = tuple(entry[name])
+            entry["choices"] = tuple(tuple(map(Arch, row)) for row in entry["choices"])
+            read = cls(**entry)
+            if read.values.shape[:2] != (len(read.names), len(read.seeds)) or BASELINE not in read.names:
+                raise ValueError(f"{len(read.names)} strategies and {len(read.seeds)} seeds, but values {read.values.shape}")
+        except StudyError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise StudyError(f"this is no saved comparison ({type(error).__name__}: {error}). Write one with save().") from None
+        return read
+
+    def save(self, path: str | Path) -> Path:
+        """Write `to_json` to a file, whole or not at all."""
+        with atomic_write(path) as temporary:
+            temporary.write_text(self.to_json())
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Comparison:
+        """Read a file that `save` wrote.
+
+        Raises:
+            StudyError: the file cannot be read, or is no comparison.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StudyError(f"cannot read a comparison from {path}: {error}. Name a file that save() wrote.") from None
+        return cls.from_json(text)
+
+
+def compare(
+    strategies: Sequence[StrategyLike] | Mapping[str, StrategyLike],
+    space: SearchSpace,
+    data: Data | Table | Callable[[Arch], Mapping[str, float]] | Objective,
+    *,
+    trials: int = 100,
+    seeds: int | Sequence[int] = 20,
+    objectives: str | Sequence[str] | Mapping[str, str] | None = None,
+    report: str | None = None,
+    study: str | None = None,
+    folder: str | Path = "runs",
+    progress: bool = True,
+    **settings: Any,
+) -> Comparison:
+    """Run every strategy with every seed, and random search at the same budget, asked for or not.
+
+    Args:
+        strategies: names or strategies; a mapping gives them names of your own, to compare settings of one strategy.
+        space: what to search.
+        data: a table, a function from an architecture to metrics, or images to train on (`nasbench.search` says more).
+        trials: budget of each run.
+        seeds: how many (0, 1, ...), or which; two at least.
+        objectives: the one metric to optimise, as for `search`.
+        report: a metric of the choice, the run's best architecture, that the search does not see. Of a table: one of
+            its metrics. Of images: "test_accuracy" or "test_loss", measured once on the choice's trained weights. Of a
+            function: anything it returns.
+        study: keep each run as a study of this name, strategy and seed in `folder`, so that the same call goes on
+            where it was interrupted. Left out, nothing is kept of tables and functions, and training takes new names.
+        folder: where study folders lie.
+        progress: show one bar over all runs.
+        **settings: `constraints`, `pruner`, `device`, `workers`, ... of `search`, and fields of `Recipe`.
+
+    Raises:
+        SettingError: an unknown strategy, metric or setting, equal names, several objectives, fewer than two seeds or
+            no budget: before any work.
+        StudyError: a run failed.
+
+    Example:
+        >>> from search_spaces import NASBench201
+        >>> def score(arch):
+        ...     return {"score": sum(option == "nor_conv_3x3" for option in arch.values())}
+        >>> comparison = compare(["evolution"], NASBench201(), score, objectives={"score": "maximize"}, trials=40,
+        ...                      seeds=3, progress=False)
+        >>> comparison.names, comparison.curves.shape
+        (('random', 'evolution'), (2, 3, 40))
+        >>> random, evolution = comparison.summary()
+        >>> evolution["mean"] > random["mean"]
+        True
+    """
+    made = _strategies(strategies, study)
+    numbers = _seeds(seeds)
+    _check(trials, objectives, report, data, settings)
+    shape = len(made), len(numbers), trials
+    values, reports, seconds = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[:2])
+    choices: dict[tuple[int, int], Arch] = {}
+    with tqdm(total=len(made) * len(numbers), desc="compare", unit="run", disable=not progress) as bar:
+        for (j, seed), (i, (name, strategy)) in product(enumerate(numbers), enumerate(made.items())):
+            bar.set_postfix_str(f"{name}, seed {seed}")
+            started = time.perf_counter()
+            with _interruptible():
+                result = search(
+                    space,
+                    data,
+                    strategy,
+                    objectives=objectives,
+                    trials=trials,
+                    study=None if study is None else f"{study}-{name}-{seed}",
+                    folder=folder,
+                    seed=seed,
+                    progress=False,
+                    **settings,
+                )
+            seconds[i, j] = time.perf_counter() - started
+            ((objective, direction),) = result.objectives.items()
+            complete = result.complete[:trials]
+            found = [trial.metrics[objective] for trial in complete]
+            picks = _picks(found, direction)
+            values[i, j, : len(found)] = found
+            choices[i, j] = complete[picks[-1]].arch
+            if report is not None:
+                reports[i, j] = _reported(report, [complete[k] for k in picks], data, trials, settings.get("device", "auto"))
+            bar.update()
+    kept = ("space", "objective", "constraints", "pruner")
+    conditions = {key: result.conditions[key] for key in kept} | {
+        "data": _label(data),
+        "strategies": {name: registry.describe(strategy) for name, strategy in made.items()},
+    }
+    return Comparison(
+        names=tuple(made),
+        seeds=numbers,
+        objective=objective,
+        direction=direction,
+        values=values,
+        choices=tuple(tuple(choices[i, j] for j in range(shape[1])) for i in range(shape[0])),
+        seconds=seconds,
+        report=report,
+        reports=None if report is None else reports,
+        conditions=conditions,
+    )
