@@ -23,10 +23,11 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from nasbench.profile import Latency, Profile, measure
+    from nasbench.recipe import Recipe
     from nasbench.result import SearchResult, Trial
     from nasbench.study import join, search
     from nasbench.table import Table
-    from nasbench.training import Callback, Recipe, evaluate, fit, validate
+    from nasbench.training import Callback, evaluate, fit, validate
 
 _WHERE = {
     "comparison": ["Comparison", "compare"],
@@ -45,7 +46,8 @@ _WHERE = {
     "result": ["SearchResult", "Trial"],
     "study": ["join", "search"],
     "table": ["Table"],
-    "training": ["Callback", "Recipe", "evaluate", "fit", "validate"],
+    "recipe": ["Recipe"],
+    "training": ["Callback", "evaluate", "fit", "validate"],
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 

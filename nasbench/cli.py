@@ -165,7 +165,7 @@ def _data(options: argparse.Namespace) -> Data:
 
 def _search(options: argparse.Namespace) -> None:
     import nasbench as nb
-    from nasbench.training import init_distributed
+    from nasbench.devices import init_distributed
 
     rank, _ = init_distributed()
     settings = _settings(options.set)

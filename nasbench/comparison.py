@@ -7,7 +7,6 @@ import json
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,14 +21,16 @@ from tqdm.auto import tqdm
 
 from nasbench import strategies as registry
 from nasbench.data import Data
+from nasbench.devices import pick_device
 from nasbench.errors import SettingError, StudyError
 from nasbench.files import atomic_write
 from nasbench.objective import Objective
-from nasbench.result import SearchResult, Trial
+from nasbench.recipe import Recipe
+from nasbench.result import Trial
 from nasbench.strategies import OptunaStrategy, Strategy
 from nasbench.study import search
 from nasbench.table import Table
-from nasbench.training import Recipe, evaluate, pick_device
+from nasbench.training import evaluate
 from search_spaces.base import Arch, SearchSpace, nearest
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ FORMAT = 1
 BASELINE = "random"
 _GREY = "#7f7f7f"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#5b3a8c")
+_ARRAYS = ("values", "seconds", "reports")
 _TESTED = ("test_accuracy", "test_loss")
-_SETTINGS = ("constraints", "device", "metrics", "pruner", "recipe", "storage", "workers")
-_SETTINGS += tuple(field.name for field in dataclasses.fields(Recipe))
+_SEARCH = ("constraints", "device", "metrics", "pruner", "recipe", "storage", "workers")
+_SETTINGS = [*_SEARCH, *(field.name for field in dataclasses.fields(Recipe))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,7 @@ class Comparison:
     @property
     def trials(self) -> int:
         """The budget of a run in trials."""
-        return self.values.shape[2]
+        return int(self.values.shape[2])
 
     @cached_property
     def curves(self) -> Floats:
@@ -130,29 +132,27 @@ class Comparison:
         return figures
 
     def __str__(self) -> str:
-        metrics = {"": self.objective} | ({"report_": self.report} if self.report else {})
-        table = [["strategy"]]
-        for start, metric in metrics.items():
-            table[0] += [metric, "median", "p", *(["rank"] if not start else [])]
-        table[0].append("seconds")
-        for row in self.summary():
-            cells = [row["strategy"]]
-            for start in metrics:
-                p = row[f"{start}p"]
-                cells += [f"{row[f'{start}mean']:.4g} ± {row[f'{start}std']:.2g}", f"{row[f'{start}median']:.4g}"]
-                cells += ["-" if p is None else f"{p:.2g}", *([f"{row['rank']:.2f}"] if not start else [])]
-            table.append([*cells, f"{row['seconds']:.1f}"])
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        pairs = [list(zip(cells, widths, strict=True)) for cells in table]
-        lines = ["  ".join([p[0][0].ljust(p[0][1]), *(cell.rjust(width) for cell, width in p[1:])]) for p in pairs]
+        parts = {"": self.objective} | ({"report_": self.report} if self.report else {})
+        columns = [["strategy", *self.names]]
+        rows = self.summary()
+        for start, metric in parts.items():
+            columns.append([metric, *(f"{row[start + 'mean']:.4g} ± {row[start + 'std']:.2g}" for row in rows)])
+            columns.append(["median", *(f"{row[start + 'median']:.4g}" for row in rows)])
+            columns.append(["p", *("-" if row[start + "p"] is None else f"{row[start + 'p']:.2g}" for row in rows)])
+        columns.append(["rank", *(f"{row['rank']:.2f}" for row in rows)])
+        columns.append(["seconds", *(f"{row['seconds']:.1f}" for row in rows)])
+        widths = [max(map(len, column)) for column in columns]
+        padded = [[c.rjust(w) for c in column] for column, w in zip(columns[1:], widths[1:], strict=True)]
+        padded.insert(0, [name.ljust(widths[0]) for name in columns[0]])
+        lines = ["  ".join(line) for line in zip(*padded, strict=True)]
         smallest = 2.0 ** (1 - len(self.seeds))
         note = f", which cannot fall below {smallest:.2g} with {len(self.seeds)} seeds" if smallest > 0.05 else ""
-        head = f"{self._title()}: {self.direction} {self.objective}"
         foot = f"mean ± std over seeds; p of a two-sided Wilcoxon signed-rank test against random, paired by seed{note}"
-        return "\n".join([head, *lines, foot])
+        return "\n".join([f"{self._title()}: {self.direction} {self.objective}", *lines, foot])
 
     def _title(self) -> str:
-        return f"{self.conditions['space']['space']}, {self.conditions['data']}, {self.trials} trials, {len(self.seeds)} seeds"
+        subject = f"{self.conditions['space']['space']}, {self.conditions['data']}"
+        return f"{subject}, {self.trials} trials, {len(self.seeds)} seeds"
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw the mean best value over trials, and beside it the report metric of the choice; return the figure.
@@ -175,6 +175,9 @@ class Comparison:
         else:
             self._draw_strip(right, self.curves[:, :, -1], f"best {self.objective}")
         left.legend(frameon=False, loc="lower right" if self.direction == "maximize" else "upper right")
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25, linewidth=0.6)
         figure.suptitle(f"{self._title()}; mean ± standard error over seeds", fontsize=10)
         if path is not None:
             target = Path(path)
@@ -188,19 +191,18 @@ class Comparison:
         return ((name, colours[name]) for name in self.names)
 
     def _draw_curves(self, axes: Axes, values: Floats, label: str) -> None:
-        """Draw (strategies, seeds, trials); the axis is cut to what happens after the first twentieth of the budget."""
+        """Draw (strategies, seeds, trials); the axis is cut to what happens after the first tenth of the budget."""
         trials = np.arange(1, self.trials + 1)
         mean = values.mean(axis=1)
         error = values.std(axis=1, ddof=1) / np.sqrt(len(self.seeds))
         for i, (name, colour) in enumerate(self._colours()):
             axes.plot(trials, mean[i], color=colour, label=name, linewidth=1.6)
             axes.fill_between(trials, mean[i] - error[i], mean[i] + error[i], color=colour, alpha=0.2, linewidth=0)
-        late = slice(self.trials // 20, None)
+        late = slice(self.trials // 10, None)
         low, high = (mean - error)[:, late].min(), (mean + error)[:, late].max()
         if high > low:
             axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         axes.set(xlabel="trials", ylabel=label, xlim=(0, self.trials))
-        _tidy(axes)
 
     def _draw_strip(self, axes: Axes, values: Floats, label: str) -> None:
         """Draw (strategies, seeds) as columns of dots."""
@@ -210,16 +212,18 @@ class Comparison:
             error = values[i].std(ddof=1) / np.sqrt(len(self.seeds))
             axes.errorbar(i + 0.3, values[i].mean(), error, fmt="_", color=colour, markersize=12, capsize=3)
         axes.set_xticks(range(len(self.names)), self.names)
-        axes.set(ylabel=label)
-        _tidy(axes)
+        axes.set_ylabel(label)
 
     # Files ---------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
         """Return everything as JSON."""
         entry = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("values", "seconds", "reports"):
-            entry[name] = _listed(entry[name])
+        for name in _ARRAYS:
+            if (array := entry[name]) is not None:
+                entry[name] = np.where(
+                    np.isnan(array), np.array(None), array.astype(object)
+                ).tolist()  # JSON has no NaN
         entry["choices"] = [[dict(arch) for arch in row] for row in self.choices]
         return json.dumps({"format": FORMAT, **entry}, allow_nan=False)
 
@@ -233,19 +237,16 @@ class Comparison:
         try:
             entry = dict(json.loads(text))
             if (found := entry.pop("format")) > FORMAT:
-                raise StudyError(f"the comparison has format {found}, this version reads up to {FORMAT}. Update nasbench.")
-            for name in ("values", "seconds", "reports"):
-                entry[name] = None if entry[name] is None else np.array(entry[name], np.float64)
-            for name in ("names", "seeds"):
-                entry[name] = tuple(entry[name])
-            entry["choices"] = tuple(tuple(map(Arch, row)) for row in entry["choices"])
-            read = cls(**entry)
-            if read.values.shape[:2] != (len(read.names), len(read.seeds)) or BASELINE not in read.names:
-                raise ValueError(f"{len(read.names)} strategies and {len(read.seeds)} seeds, but values {read.values.shape}")
-        except StudyError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise StudyError(f"this is no saved comparison ({type(error).__name__}: {error}). Write one with save().") from None
+                raise ValueError(f"format {found} is newer than {FORMAT}: update nasbench")
+            arrays = {n: None if entry[n] is None else np.array(entry[n], np.float64) for n in _ARRAYS}
+            choices = tuple(tuple(map(Arch, row)) for row in entry["choices"])
+            names, seeds = tuple(entry["names"]), tuple(entry["seeds"])
+            read = cls(**entry | arrays | {"choices": choices, "names": names, "seeds": seeds})
+            if read.values.shape != (len(names), len(seeds), read.trials) or BASELINE not in names:
+                raise ValueError(f"{len(names)} strategies with {len(seeds)} seeds have values {read.values.shape}")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise StudyError(f"this comparison cannot be read ({what}). Write one with save().") from None
         return read
 
     def save(self, path: str | Path) -> Path:
@@ -322,7 +323,7 @@ def compare(
     _check(trials, objectives, report, data, settings)
     shape = len(made), len(numbers), trials
     values, reports, seconds = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[:2])
-    choices: dict[tuple[int, int], Arch] = {}
+    choices: list[list[Arch]] = [[] for _ in made]
     with tqdm(total=len(made) * len(numbers), desc="compare", unit="run", disable=not progress) as bar:
         for (j, seed), (i, (name, strategy)) in product(enumerate(numbers), enumerate(made.items())):
             bar.set_postfix_str(f"{name}, seed {seed}")
@@ -342,28 +343,155 @@ def compare(
                 )
             seconds[i, j] = time.perf_counter() - started
             ((objective, direction),) = result.objectives.items()
-            complete = result.complete[:trials]
+            complete = result.complete[:trials] or [result.best]  # which says why none completed
             found = [trial.metrics[objective] for trial in complete]
             picks = _picks(found, direction)
             values[i, j, : len(found)] = found
-            choices[i, j] = complete[picks[-1]].arch
+            choices[i].append(complete[picks[-1]].arch)
             if report is not None:
-                reports[i, j] = _reported(report, [complete[k] for k in picks], data, trials, settings.get("device", "auto"))
+                device = settings.get("device", "auto")
+                reports[i, j] = _reported(report, [complete[k] for k in picks], data, trials, device)
             bar.update()
     kept = ("space", "objective", "constraints", "pruner")
-    conditions = {key: result.conditions[key] for key in kept} | {
-        "data": _label(data),
-        "strategies": {name: registry.describe(strategy) for name, strategy in made.items()},
-    }
+    described = {name: registry.describe(strategy) for name, strategy in made.items()}
+    conditions = {key: result.conditions[key] for key in kept} | {"data": _label(data), "strategies": described}
     return Comparison(
         names=tuple(made),
         seeds=numbers,
         objective=objective,
         direction=direction,
         values=values,
-        choices=tuple(tuple(choices[i, j] for j in range(shape[1])) for i in range(shape[0])),
+        choices=tuple(map(tuple, choices)),
         seconds=seconds,
         report=report,
         reports=None if report is None else reports,
-        conditions=conditions,
+        conditions=json.loads(json.dumps(conditions, default=repr)),
     )
+
+
+# Checks before any work --------------------------------------------------------------------------------------------
+
+
+def _strategies(
+    asked: Sequence[StrategyLike] | Mapping[str, StrategyLike], study: str | None
+) -> dict[str, Strategy | OptunaStrategy]:
+    """Return the strategies by name, random search first."""
+    if isinstance(asked, str) or not isinstance(asked, Mapping | Sequence):
+        raise SettingError(
+            f'strategies={asked!r:.80}: give a list such as ["evolution", "tpe"], or a mapping of names.'
+        )
+    pairs = asked.items() if isinstance(asked, Mapping) else ((None, given) for given in asked)
+    made: dict[str, Strategy | OptunaStrategy] = {}
+    for own, given in pairs:
+        strategy = registry.make(given) if isinstance(given, str) else given
+        if not isinstance(strategy, Strategy | OptunaStrategy):
+            raise SettingError(
+                f"{given!r:.80} is no strategy. Give a name, a Strategy, or one of Optuna's as "
+                'nasbench.strategies.make("tpe", ...): a sampler of your own cannot be seeded anew for every run.'
+            )
+        kind = registry.describe(strategy)["name"].rpartition(":")[2]
+        name = kind if own is None else own
+        if name in made:
+            raise SettingError(f'two strategies are called {name!r}. Name them: {{"small": ..., "large": ...}}.')
+        if name == BASELINE != kind:
+            raise SettingError(f"{name!r} is the name of random search, but was given to {kind!r}. Choose another.")
+        if study is not None and Path(f"{study}-{name}").name != f"{study}-{name}":
+            raise SettingError(f"study {study!r} of strategy {name!r} cannot be a folder name: leave out the slashes.")
+        made[name] = strategy
+    if not made:
+        raise SettingError('there are no strategies to compare. Name at least one, such as "evolution".')
+    return {BASELINE: registry.make(BASELINE)} | made
+
+
+def _seeds(seeds: Any) -> tuple[int, ...]:
+    chosen = range(seeds) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+    whole = isinstance(chosen, Sequence) and all(type(seed) is int and seed >= 0 for seed in chosen)
+    if not whole or len({*chosen}) < len(chosen):
+        raise SettingError(f"seeds={seeds!r}: give how many, or different whole numbers from 0.")
+    if len(chosen) < 2:
+        raise SettingError(f"{len(chosen)} seed: a comparison needs several, for one run may be luck. Try seeds=20.")
+    return tuple(chosen)
+
+
+def _check(trials: int, objectives: Any, report: str | None, data: Any, settings: Mapping[str, Any]) -> None:
+    """Refuse what `search` would not refuse by itself in the first run."""
+    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
+        raise SettingError(f"trials={trials!r}: each run needs a whole number of trials, at least 1.")
+    if objectives is not None and not isinstance(objectives, str) and len(objectives) > 1:
+        several = ", ".join(objectives)
+        raise SettingError(f"strategies are ranked by one objective, not {several}. Make constraints of the others.")
+    for name in settings:
+        if name not in _SETTINGS:
+            raise SettingError(
+                f"compare has no setting {name!r}; {nearest(name, _SETTINGS)} "
+                'A strategy carries its own settings: nasbench.strategies.make("evolution", population=20).'
+            )
+    if report is None or not isinstance(data, Data | Table):
+        return
+    known = data.metrics if isinstance(data, Table) else _TESTED
+    if report not in known:
+        raise SettingError(f"there is no metric {report!r} to report; {nearest(report, known)}")
+    if isinstance(data, Data) and not data.count("test"):
+        raise SettingError(f"{data.name} has no test images, so {report!r} cannot be reported. Leave report out.")
+    if isinstance(data, Table) and (missing := int(np.isnan(data.values(report)).sum())):
+        raise SettingError(f"{report!r} was not measured for {missing} rows of the table. Report another metric.")
+
+
+# Runs --------------------------------------------------------------------------------------------------------------
+
+
+def _picks(values: Sequence[float], direction: str) -> list[int]:
+    """Return the position of the best of the first k values for every k; of equal ones the first."""
+    picks: list[int] = []
+    best = 0
+    for k, value in enumerate(values):
+        if value > values[best] if direction == "maximize" else value < values[best]:
+            best = k
+        picks.append(best)
+    return picks
+
+
+def _reported(report: str, picks: Sequence[Trial], data: Any, trials: int, device: str) -> Floats:
+    """Return the report metric of the choice after every trial, (trials,)."""
+    found: Floats = np.full(trials, np.nan)
+    if isinstance(data, Data):
+        found[-1] = evaluate(picks[-1].build().to(pick_device(device)), data)[report]
+        return found
+    if isinstance(data, Table):
+        reports = data.values(report)[data.rows(trial.arch for trial in picks)]
+    elif missing := [trial for trial in picks if report not in trial.metrics]:
+        raise SettingError(f"the objective did not return {report!r} to report; {nearest(report, missing[0].metrics)}")
+    else:
+        reports = np.array([trial.metrics[report] for trial in picks])
+    found[: len(picks)], found[len(picks) :] = reports, reports[-1]
+    return found
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end the comparison: `search` would take it for the end of one run, and the next would begin."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed = []
+
+    def note(number: int, frame: Any) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def _label(data: Any) -> str:
+    if isinstance(data, Data):
+        return data.name
+    if isinstance(data, Table):
+        return f"table {data.fingerprint}"
+    return f"function {data.__name__}" if hasattr(data, "__name__") else type(data).__name__

@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 from nasbench import profile, training
 from nasbench.data import Data, load
+from nasbench.devices import pick_device
 from nasbench.errors import SettingError
 from nasbench.files import atomic_write
-from nasbench.training import Recipe
+from nasbench.recipe import Recipe
 from search_spaces.base import Arch, SearchSpace, nearest
 
 if TYPE_CHECKING:
@@ -45,10 +46,12 @@ class TrialRun:
     """What an objective may use of the trial it evaluates. This one belongs to no study and keeps nothing."""
 
     folder: Path | None = None
-    progress: bool = False
 
     def check(self) -> None:
         """Raise if the search has to stop now; called after every training step."""
+
+    def show(self, text: str) -> None:
+        """Show a few words about what is going on beside the search's bar."""
 
     def report(self, epoch: int, value: float) -> None:
         """Tell the pruner a value after an epoch; raises `optuna.TrialPruned` if the trial is not worth finishing."""
@@ -115,6 +118,8 @@ class TrainObjective(Objective):
 
     default = "val_accuracy"
     trains = True
+    checkpoint_every = 10.0
+    """Seconds of training that a killed search loses at most."""
 
     def __init__(
         self,
@@ -127,7 +132,7 @@ class TrainObjective(Objective):
         test: bool = False,
     ) -> None:
         self.space, self.recipe, self.seeds, self.test = space, recipe, tuple(seeds), test
-        self.device = training.pick_device(device)
+        self.device = pick_device(device)
         self.data = data.to(self.device)
         self.names = ("val_accuracy", "val_loss", "params", "macs", "bytes", "peak_bytes", "latency_ms")
 
@@ -201,7 +206,7 @@ class TrainObjective(Objective):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._builder(arch)()
-        watch = _Watch(run, self.data)
+        watch = _Watch(run, self.data, f"seed {seed}, " if len(self.seeds) > 1 else "")
         checkpoint = run.folder / f"checkpoint-{seed}.pt" if run.folder else None
         training.fit(
             model,
@@ -211,7 +216,8 @@ class TrainObjective(Objective):
             device=self.device,
             callbacks=[watch],
             checkpoint=checkpoint,
-            progress=run.progress,
+            checkpoint_every=self.checkpoint_every,
+            progress=False,
         )
         metrics = training.validate(model, self.data)
         if self.test:
@@ -229,12 +235,14 @@ class TrainObjective(Objective):
 class _Watch(training.Callback):
     """Asks after every step whether the search goes on, and reports accuracies to a pruner that wants them."""
 
-    def __init__(self, run: TrialRun, data: Data) -> None:
-        self._run, self._data = run, data
+    def __init__(self, run: TrialRun, data: Data, which: str) -> None:
+        self._run, self._data, self._which = run, data, which
         self.seconds = 0.0
 
     def on_step(self, run: training.Run) -> None:
         self._run.check()
+        done = run.step / run.steps_per_epoch
+        self._run.show(f"{self._which}epoch {done:.1f} of {run.recipe.epochs}")
 
     def on_epoch(self, run: training.Run) -> None:
         if self._run.watched and run.epoch < run.recipe.epochs:

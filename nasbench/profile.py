@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from nasbench.devices import pick_device
 from nasbench.errors import SettingError
-from nasbench.training import pick_device
 
 _REPEATS = 5  # fewest timings: the spread of fewer says nothing
 

@@ -24,10 +24,10 @@ from nasbench import strategies
 from nasbench.data import Data
 from nasbench.errors import SettingError, StudyError
 from nasbench.objective import Constraint, FunctionObjective, Objective, TableObjective, TrainObjective, resolve
+from nasbench.recipe import Recipe
 from nasbench.result import SearchResult, collect
 from nasbench.storage import environment, open_study, quiet, stored_conditions, study_folder
 from nasbench.strategies import OptunaStrategy, Strategy
-from nasbench.training import Recipe
 from nasbench.worker import Worker
 from search_spaces.base import Arch, SearchSpace, nearest
 

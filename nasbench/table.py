@@ -15,7 +15,6 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -27,14 +26,14 @@ from tqdm.auto import tqdm
 import search_spaces
 from nasbench.errors import TableError
 from nasbench.files import atomic_write
+from nasbench.packing import Floats, Packed, as_metric, joined, planes
 from search_spaces.base import Arch, ArchError, Option, SearchSpace, nearest
 
 if TYPE_CHECKING:
     from nasbench.data import Data
-    from nasbench.training import Recipe
+    from nasbench.recipe import Recipe
 
 ArchLike = Mapping[str, Option] | str
-Floats = NDArray[np.floating[Any]]
 
 _FORMAT = 1
 SHIPPED = Path(__file__).with_name("tables")
@@ -91,7 +90,7 @@ class Table:
     ) -> None:
         if space.size >= 2**63:
             raise TableError(f"{type(space).__name__} has {space.size:.1e} architectures; a table can number 2**63.")
-        arrays = {name: _checked(name, values) for name, values in metrics.items()}
+        arrays = {name: as_metric(name, values) for name, values in metrics.items()}
         if not arrays:
             raise TableError("a table needs at least one metric, got none. Pass metrics={'val_accuracy': array}.")
         index = None if archs is None else _numbers(space, archs)
@@ -116,7 +115,7 @@ class Table:
     def _fill(
         self,
         space: SearchSpace,
-        columns: Mapping[str, Floats | _Packed],
+        columns: Mapping[str, Floats | Packed],
         index: NDArray[np.int64] | None,
         canonical: bool,
         conditions: dict[str, Any],
@@ -251,7 +250,7 @@ class Table:
         if metric not in self._columns:
             raise TableError(f"the table has no metric {metric!r}; {nearest(metric, self.metrics)}")
         column = self._columns[metric]
-        if isinstance(column, _Packed):
+        if isinstance(column, Packed):
             column = self._columns[metric] = column.unpack()
         return column
 
@@ -329,13 +328,13 @@ class Table:
             space = space or _space(header["space"])
             if difference := _difference(header["choices"], _choices(space)):
                 raise TableError(f"its space is not {type(space).__name__}: {difference}. Pass the right space=.")
-            index = np.cumsum(_joined(arrays["index"], "int64")) if "index" in arrays else None
+            index = np.cumsum(joined(arrays["index"], "int64")) if "index" in arrays else None
             # Rows out of order would answer for other architectures.
             if index is not None and not (index[0] >= 0 and (np.diff(index) > 0).all() and index[-1] < space.size):
                 raise ValueError("the rows are not numbered in order")
-            matrices = {store: _joined(arrays[store], store) for store in _STORES if store in arrays}
+            matrices = {store: joined(arrays[store], store) for store in _STORES if store in arrays}
             length = space.size if index is None else len(index)
-            columns = {entry["name"]: _Packed.from_header(entry, matrices, length) for entry in header["metrics"]}
+            columns = {entry["name"]: Packed.from_header(entry, matrices, length) for entry in header["metrics"]}
             table = cls.__new__(cls)
             table._fill(space, columns, index, bool(header["canonical"]), dict(header["conditions"]))
         except TableError:
@@ -353,7 +352,7 @@ class Table:
         entries = []
         matrices: dict[str, list[NDArray[Any]]] = {}
         for name in self.metrics:
-            column = _Packed.pack(self._array(name))
+            column = Packed.pack(self._array(name))
             group = matrices.setdefault(column.codes.dtype.name, [])
             entries.append({"name": name, "first": sum(codes.shape[1] for codes in group), **column.to_header()})
             group.append(column.codes)
@@ -367,8 +366,8 @@ class Table:
         }
         arrays = {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)}
         if self._index is not None:
-            arrays["index"] = _planes(np.diff(self._index, prepend=0))
-        arrays |= {store: _planes(np.concatenate(group, axis=1)) for store, group in matrices.items()}
+            arrays["index"] = planes(np.diff(self._index, prepend=0))
+        arrays |= {store: planes(np.concatenate(group, axis=1)) for store, group in matrices.items()}
         with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
             for name, array in arrays.items():
                 member = io.BytesIO()
@@ -466,9 +465,9 @@ class Table:
             TableError: there are not at least one seed.
         """
         from nasbench.objective import TrainObjective
+        from nasbench.recipe import Recipe
         from nasbench.strategies.evolution import canonical_archs
         from nasbench.study import search
-        from nasbench.training import Recipe
 
         if seeds < 1:
             raise TableError(f"seeds={seeds}: a table needs at least one training run per architecture.")
@@ -494,6 +493,7 @@ class Table:
         runs = [rows[arch] for arch in archs]
         names = [n for n in ("val_accuracy", "test_accuracy", "seconds") if n in runs[0][0]]
         columns = {name: np.array([[run[name] for run in row] for row in runs], np.float32) for name in names}
+        columns["seconds"] = columns["seconds"].round(3)  # no clock is better, and milliseconds pack well
         conditions = result.conditions | {"spreads": _spreads(columns)}
         return cls(space, columns, archs=archs, canonical=True, conditions=conditions)
 
@@ -558,120 +558,6 @@ def _space(settings: dict[str, Any]) -> SearchSpace:
         return search_spaces.space(name.lower(), **{key: value for key, value in settings.items() if key != "space"})
     except ArchError as error:
         raise TableError(f"its space cannot be made: {error}") from None
-
-
-# Numbers -----------------------------------------------------------------------------------------------------------
-
-
-def _checked(name: str, values: ArrayLike) -> Floats:
-    """Return a metric as a fresh float array (rows,) or (rows, seeds), or say why it is none."""
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise TableError(f"metric {name!r} is no array: {error}.") from None
-    if array.dtype.kind not in "fiu":
-        raise TableError(f"metric {name!r} has values of type {array.dtype}; a metric is numbers.")
-    if array.ndim not in (1, 2) or 0 in array.shape:
-        raise TableError(f"metric {name!r} has shape {array.shape}; a metric is (rows,) or (rows, seeds), neither 0.")
-    floats: Floats = array.astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64)
-    if len(where := np.argwhere(np.isinf(floats))):
-        raise TableError(f"metric {name!r} is infinite in row {where[0, 0]}. Write NaN for what was not measured.")
-    return floats
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """A metric as it is stored: (rows, columns) whole numbers over a denominator, or floats (denominator 0).
-
-    The highest whole number stands for NaN. `fixes` are values that lie a few floats beside their quotient (averages
-    taken in float32 do): distance in floats -> positions in the flattened matrix.
-    """
-
-    codes: NDArray[Any]
-    dtype: str
-    seeds: int | None
-    denominator: int = 0
-    fixes: Mapping[str, list[int]] = field(default_factory=dict)
-
-    @classmethod
-    def pack(cls, values: Floats) -> _Packed:
-        """Take the smallest denominator that gives back every bit, else the floats."""
-        matrix = np.ascontiguousarray(values.reshape(len(values), -1))
-        dtype, seeds = matrix.dtype.name, values.shape[1] if values.ndim == 2 else None
-        known = ~np.isnan(matrix)
-        for denominator in _denominators(matrix[known]):
-            whole = np.rint(matrix.astype(np.float64) * denominator)
-            highest = float(whole[known].max())
-            if highest >= 2**32 - 1:
-                break
-            store, missing = (np.uint16, 2**16 - 1) if highest < 2**16 - 1 else (np.uint32, 2**32 - 1)
-            codes = np.where(known, whole, missing).astype(store)
-            off = np.where(known, _bits(matrix) - _bits(cls(codes, dtype, seeds, denominator)._floats()), 0).ravel()
-            if np.count_nonzero(off) <= off.size // 20:
-                fixes = {str(ulps): np.flatnonzero(off == ulps).tolist() for ulps in np.unique(off[off != 0])}
-                return cls(codes, dtype, seeds, denominator, fixes)
-        return cls(matrix, dtype, seeds)
-
-    def unpack(self) -> Floats:
-        """Return the metric, (rows,) or (rows, seeds)."""
-        floats = self._floats()
-        bits = _bits(floats).reshape(-1)
-        for ulps, positions in self.fixes.items():
-            bits[positions] += int(ulps)
-        return floats[:, 0] if self.seeds is None else floats
-
-    def _floats(self) -> Floats:
-        if not self.denominator:
-            return np.array(self.codes, self.dtype)
-        floats: Floats = (self.codes.astype(np.float64) / self.denominator).astype(self.dtype)
-        floats[self.codes == 2 ** (8 * self.codes.itemsize) - 1] = np.nan
-        return floats
-
-    def to_header(self) -> dict[str, Any]:
-        entry = {"store": self.codes.dtype.name, "seeds": self.seeds, "dtype": self.dtype}
-        return entry | {"denominator": self.denominator, "fixes": dict(self.fixes)}
-
-    @classmethod
-    def from_header(cls, entry: Mapping[str, Any], matrices: Mapping[str, NDArray[Any]], rows: int) -> _Packed:
-        width = entry["seeds"] or 1
-        codes = matrices[entry["store"]][:, entry["first"] : entry["first"] + width]
-        if codes.shape != (rows, width) or entry["dtype"] not in ("float32", "float64"):
-            raise ValueError(f"metric {entry['name']!r} has {codes.shape} numbers instead of {(rows, width)}")
-        return cls(codes, entry["dtype"], entry["seeds"], entry["denominator"], entry["fixes"])
-
-
-def _bits(floats: Floats) -> NDArray[Any]:
-    """View floats as integers: neighbouring floats are neighbouring integers."""
-    return floats.view(np.int32 if floats.dtype == np.float32 else np.int64)
-
-
-def _denominators(values: Floats) -> Iterator[int]:
-    """Yield denominators below 2**16, ascending, of which a sample of the values are multiples but for rounding."""
-    if not len(values) or values.min() < 0:
-        return
-    sample = np.unique(values)
-    sample = sample[:: -(-len(sample) // 64)].astype(np.float64)[:, None]
-    slack = 4 * np.finfo(values.dtype).eps
-    for start in range(1, 2**16, 2**12):
-        tried = np.arange(start, start + 2**12, dtype=np.float64)
-        product = sample * tried
-        fits = (np.abs(product - np.rint(product)) <= slack * product).all(axis=0)
-        yield from tried[fits].astype(int).tolist()[:8]
-
-
-def _planes(matrix: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return the bytes of an array as planes: (...) numbers to (bytes, ...), the lowest first."""
-    little = np.ascontiguousarray(matrix, matrix.dtype.newbyteorder("<"))
-    return np.ascontiguousarray(np.moveaxis(little[..., None].view(np.uint8), -1, 0))
-
-
-def _joined(planes: NDArray[Any], store: str) -> NDArray[Any]:
-    """Undo `_planes`."""
-    dtype = np.dtype(store)
-    if planes.dtype != np.uint8 or len(planes) != dtype.itemsize:
-        raise ValueError(f"array {store!r} is {planes.shape} of {planes.dtype}, not {dtype.itemsize} planes of bytes")
-    little = np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(dtype.newbyteorder("<"))
-    return little[..., 0].astype(dtype, copy=False)
 
 
 # Reading -----------------------------------------------------------------------------------------------------------

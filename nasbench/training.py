@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import numbers
-import os
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from nasbench.errors import CheckpointError, SettingError, TrainingDiverged
-from nasbench.files import atomic_write
-from search_spaces.base import nearest
+from nasbench.checkpoint import Saver, check_identity, check_writable, identity_of, read, restore
+from nasbench.devices import pick_device
+from nasbench.errors import SettingError, TrainingDiverged
+from nasbench.recipe import Recipe, is_number
 from search_spaces.operations import DropPath
 
 if TYPE_CHECKING:
@@ -37,140 +35,7 @@ if TYPE_CHECKING:
 
 Network = TypeVar("Network", bound=nn.Module)
 
-_FORMAT = 1  # of checkpoint files
-_FIELDS = {"identity", "step", "todo", "seconds", "sums", "loss", "model", "optimizer", "callbacks"}
 _CHECK = 50  # steps between two looks at the loss where a look makes the device wait
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained.
-
-    The learning rate rises linearly over `warmup` epochs, then falls to zero along a cosine, step by step. Weight decay
-    spares norms and biases (parameters of at most one dimension). `momentum` is the first beta of AdamW, which wants an
-    `lr` near 0.001.
-
-    Attributes:
-        epochs: passes over the training images.
-        batch_size: images per step, over all processes.
-        optimizer: ``"sgd"`` or ``"adamw"``.
-        warmup: epochs, may be a fraction.
-        cutout: side in pixels of a square of zeros put on every image; 0 for none.
-        drop_path: probability with which a ``DropPath`` drops in the last epoch; it grows linearly from zero.
-        clip: largest norm of the whole gradient, or None.
-        amp: bfloat16 autocast; None means on CUDA devices that have it.
-
-    Raises:
-        SettingError: a value that cannot be trained with.
-
-    Example:
-        >>> Recipe(epochs=3, lr=0.05).lr
-        0.05
-        >>> Recipe(lr=-1)
-        Traceback (most recent call last):
-        nasbench.errors.SettingError: recipe: lr=-1, but it must be a number above 0
-    """
-
-    epochs: int = 10
-    batch_size: int = 128
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    warmup: float = 0.0
-    label_smoothing: float = 0.0
-    augment: bool = True
-    cutout: int = 0
-    drop_path: float = 0.0
-    clip: float | None = 5.0
-    amp: bool | None = None
-    channels_last: bool = True
-
-    def __post_init__(self) -> None:
-        def check(name: str, good: bool, rule: str) -> None:
-            if not good:
-                raise SettingError(f"recipe: {name}={getattr(self, name)!r}, but it must be {rule}")
-
-        for name, least in (("epochs", 1), ("batch_size", 1), ("cutout", 0)):
-            value = getattr(self, name)
-            check(name, _is_number(value, numbers.Integral) and value >= least, f"a whole number, {least} or more")
-        if self.optimizer not in ("sgd", "adamw"):
-            known = nearest(self.optimizer, ("sgd", "adamw"))
-            raise SettingError(f"recipe: unknown optimizer {self.optimizer!r}; {known}")
-        check("lr", _is_number(self.lr) and self.lr > 0, "a number above 0")
-        check("weight_decay", _is_number(self.weight_decay) and self.weight_decay >= 0, "a number, 0 or more")
-        for name in ("momentum", "label_smoothing", "drop_path"):
-            value = getattr(self, name)
-            check(name, _is_number(value) and 0 <= value < 1, "a number from 0 to below 1")
-        in_reach = _is_number(self.warmup) and 0 <= self.warmup <= self.epochs
-        check("warmup", in_reach, f"a number of epochs from 0 to epochs={self.epochs}")
-        check("clip", self.clip is None or (_is_number(self.clip) and self.clip > 0), "a number above 0, or None")
-        for name in ("nesterov", "augment", "channels_last"):
-            check(name, isinstance(getattr(self, name), bool), "True or False")
-        check("amp", self.amp is None or isinstance(self.amp, bool), "True, False or None")
-        for field in dataclasses.fields(self):  # plain numbers, so that JSON and checkpoints can hold numpy's too
-            value = getattr(self, field.name)
-            if _is_number(value):
-                object.__setattr__(self, field.name, int(value) if field.type == "int" else float(value))
-
-    def replace(self, **changes: Any) -> Self:
-        """Return this recipe with some fields changed.
-
-        Raises:
-            SettingError: no such field, or a bad value.
-
-        Example:
-            >>> Recipe().replace(epochs=2).epochs
-            2
-        """
-        known = [field.name for field in dataclasses.fields(self)]
-        for name in changes:
-            if name not in known:
-                raise SettingError(f"a recipe has no field {name!r}; {nearest(name, known)}")
-        return dataclasses.replace(self, **changes)
-
-    def to_json(self) -> str:
-        """Return the recipe as one line of JSON.
-
-        Example:
-            >>> Recipe.from_json(Recipe(clip=None).to_json()) == Recipe(clip=None)
-            True
-        """
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Return the recipe that `text` describes; fields it leaves out have their defaults.
-
-        Raises:
-            SettingError: not a JSON object, an unknown field, or a bad value.
-        """
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SettingError(f"a recipe's JSON cannot be read ({error}): {text!r}") from error
-        if not isinstance(fields, dict):
-            raise SettingError(f"a recipe's JSON must be an object such as {cls(epochs=2).to_json()}, not {text!r}")
-        return cls().replace(**fields)
-
-    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """Return the learning rate of global step `step`, counted from 0.
-
-        Example:
-            >>> [round(Recipe(epochs=4, lr=1.0, warmup=2).learning_rate(step, 1), 3) for step in range(4)]
-            [0.5, 1.0, 1.0, 0.5]
-        """
-        warm, total = round(self.warmup * steps_per_epoch), self.epochs * steps_per_epoch
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
-
-
-def _is_number(value: object, kind: type = numbers.Real) -> bool:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        return False
-    return isinstance(value, numbers.Integral) or math.isfinite(value)  # type: ignore[arg-type]
 
 
 class Callback:
@@ -308,16 +173,16 @@ def fit(
         True
     """
     recipe = (recipe or Recipe()).replace(**changes)
-    if not _is_number(seed, numbers.Integral) or seed < 0:
+    if not is_number(seed, numbers.Integral) or seed < 0:
         raise SettingError(f"seed={seed!r}, but a seed is a whole number, 0 or more")
-    if not _is_number(checkpoint_every) or checkpoint_every < 0:
+    if not is_number(checkpoint_every) or checkpoint_every < 0:
         raise SettingError(f"checkpoint_every={checkpoint_every!r}, but it must be a number of seconds, 0 or more")
     place = pick_device(device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     file = Path(checkpoint).expanduser() if checkpoint is not None else None
     if file is not None and rank == 0:
-        _check_writable(file)
-    stored = _read(file) if file is not None and file.exists() else None
+        check_writable(file)
+    stored = read(file) if file is not None and file.exists() else None
 
     with torch.random.fork_rng([place.index] if place.type == "cuda" else []):
         _reseed(place, seed, rank, "start")
@@ -337,13 +202,13 @@ def fit(
             _loss_sum=torch.zeros((), device=place),
             _hit_sum=torch.zeros((), device=place),
         )
-        identity = _identity(run) if file is not None else {}
+        identity = identity_of(run) if file is not None else {}
         if stored is not None and file is not None:
-            _check_identity(file, stored["identity"], identity)
+            check_identity(file, stored["identity"], identity)
         for callback in callbacks:
             callback.on_start(run)
-        todo = _restore(file, stored, run, callbacks) if stored is not None and file is not None else []
-        saver = _Saver(file if rank == 0 else None, checkpoint_every, identity, run, callbacks)
+        todo = restore(file, stored, run, callbacks) if stored is not None and file is not None else []
+        saver = Saver(file if rank == 0 else None, checkpoint_every, identity, run, callbacks)
         if stored is not None and not todo:
             saver.saved_step = run.step
         _train(run, callbacks, todo, saver, drops, progress and rank == 0)
@@ -358,7 +223,7 @@ def _train(
     run: Run,
     callbacks: Sequence[Callback],
     todo: list[tuple[Callback, str]],
-    saver: _Saver,
+    saver: Saver,
     drops: list[DropPath],
     progress: bool,
 ) -> None:
@@ -485,10 +350,11 @@ def _clip(run: Run, parameters: list[nn.Parameter], limit: float, finite: float)
 
 
 def _diverged(run: Run, finite: float, what: str) -> TrainingDiverged:
+    recipe = run.recipe
     return TrainingDiverged(
-        f"training diverged: the {what} not finite at epoch {run.step // run.steps_per_epoch}, step {run.step} "
-        f"(last finite loss: {finite:.4g}). Lower lr={run.recipe.lr:g}, add warmup={run.recipe.warmup:g} "
-        f"or lower clip={run.recipe.clip}"
+        f"training diverged: the {what} not finite at epoch {run.epoch}, step {run.step} "
+        f"(last finite loss: {finite:.4g}). Lower lr (it is {recipe.lr:g}) or clip ({recipe.clip}), "
+        f"or raise warmup ({recipe.warmup:g} epochs)"
     )
 
 
@@ -613,213 +479,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class _Saver:
-    """Writes a run's checkpoint: now and then, at the end, before an error leaves. Without a file, does nothing."""
-
-    def __init__(
-        self,
-        file: Path | None,
-        every: float,
-        identity: dict[str, Any],
-        run: Run,
-        callbacks: Sequence[Callback],
-    ) -> None:
-        self.file, self.every, self.identity, self.run, self.callbacks = file, every, identity, run, callbacks
-        self.saved_step, self.saved_at = -1, time.monotonic()
-
-    def sound(self) -> bool:
-        """On a GPU the loss may have left the finite numbers since it was last looked at."""
-        return self.run.step == 0 or math.isfinite(self.run.train_loss)
-
-    def save_if_due(self) -> None:
-        if self.file is not None and time.monotonic() - self.saved_at >= self.every and self.sound():
-            self.save()
-
-    def save_before(self, error: BaseException, todo: list[tuple[Callback, str]]) -> None:
-        try:
-            if self.sound():
-                self.save(todo)
-        except (OSError, SettingError) as failure:
-            error.add_note(f"The checkpoint could not be written: {failure}")
-
-    def save(self, todo: Sequence[tuple[Callback, str]] = ()) -> None:
-        run = self.run
-        if self.file is None or (run.step == self.saved_step and not todo):
-            return
-        states = [[type(callback).__qualname__, callback.state_dict()] for callback in self.callbacks]
-        for name, state in states:
-            if not _is_plain(state):
-                raise SettingError(
-                    f"the state of callback {name} cannot be kept in a checkpoint: {state!r:.200}. "
-                    "Return tensors, numbers, strings, and lists, tuples or dicts of these"
-                )
-        content = {
-            "format": _FORMAT,
-            "identity": self.identity,
-            "step": run.step,
-            "todo": [[type(callback).__qualname__, hook] for callback, hook in todo],
-            "seconds": run.seconds,
-            "sums": [run._seen, run._loss_sum, run._hit_sum],
-            "loss": run.last_loss,
-            "model": run.model.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-            "callbacks": [entry for entry in states if entry[1]],
-        }
-        with atomic_write(self.file) as temporary:
-            torch.save(content, temporary)
-        self.saved_step, self.saved_at = run.step, time.monotonic()
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return type(value) is dict and all(_is_plain(item) for pair in value.items() for item in pair)
-    if type(value) in (list, tuple):
-        return all(map(_is_plain, value))  # type: ignore[call-overload]
-    return value is None or type(value) in (bool, int, float, str, Tensor, nn.Parameter)
-
-
-def _check_writable(file: Path) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_dir():
-            raise IsADirectoryError("it is a folder")
-        tempfile.TemporaryFile(dir=file.parent).close()
-    except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint {file} could not be written ({error.strerror or error}): name a file where you can write"
-        ) from error
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken zip, pickle or tensor raises half a dozen kinds of error
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"the checkpoint {file} is corrupt, or none ({reason}): delete it to train anew, or name another file"
-        ) from error
-    if not isinstance(stored, dict) or stored.get("format") != _FORMAT or not stored.keys() >= _FIELDS:
-        raise CheckpointError(f"{file} is not a checkpoint of nasbench.fit, version {_FORMAT}: name another file")
-    return stored
-
-
-def _identity(run: Run) -> dict[str, Any]:
-    """Return what two runs must have in common for one to continue the other."""
-    modules = [f"{name}:{type(module).__qualname__}" for name, module in run.model.named_modules()]
-    tensors = [f"{name}:{tuple(tensor.shape)}" for name, tensor in run.model.named_parameters()]
-    layers = hashlib.sha256("\n".join(modules + tensors).encode()).hexdigest()[:12]
-    recipe = dataclasses.asdict(run.recipe)
-    return {"model": layers, "data": run.data.fingerprint, "split": run.split, "seed": run.seed, **recipe}
-
-
-def _check_identity(file: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:
-    differ = [
-        f"{name} is {stored.get(name)!r} there and {here[name]!r} here"
-        for name in here
-        if stored.get(name) != here[name]
-    ]
-    if differ:
-        raise CheckpointError(
-            f"the checkpoint {file} belongs to another run: {'; '.join(differ)}. Continue it with its own settings, "
-            "name another file, or delete it to train anew"
-        )
-
-
-def _restore(file: Path, stored: dict[str, Any], run: Run, callbacks: Sequence[Callback]) -> list[tuple[Callback, str]]:
-    """Put the stored state into run and callbacks; return the hooks that the last step still owes."""
-    waiting = list(callbacks)
-    for name, state in stored["callbacks"]:
-        owner = next((callback for callback in waiting if type(callback).__qualname__ == name), None)
-        if owner is None:
-            raise CheckpointError(f"the checkpoint {file} holds the state of a callback {name}: pass one again")
-        waiting.remove(owner)
-        owner.load_state_dict(state)
-    try:
-        run.model.load_state_dict(stored["model"])
-        run.optimizer.load_state_dict(stored["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"the checkpoint {file} does not fit model or optimizer: {error}. Do callbacks change them as before?"
-        ) from error
-    run.step, run._loss, run._started = stored["step"], stored["loss"], time.monotonic() - stored["seconds"]
-    run._seen = stored["sums"][0]
-    run._loss_sum.copy_(stored["sums"][1])
-    run._hit_sum.copy_(stored["sums"][2])
-    hooks = [(callback, hook) for hook in ("on_step", "on_epoch") for callback in callbacks]
-    owed = [tuple(entry) for entry in stored["todo"]]
-    todo = []
-    for callback, hook in reversed(hooks):  # what was left is the end of the list, so look from there
-        if (entry := (type(callback).__qualname__, hook)) in owed:
-            owed.remove(entry)
-            todo.append((callback, hook))
-    return todo[::-1]
-
-
-def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """Return the device to compute on; ``"auto"`` is a CUDA GPU where there is one, else the CPU.
-
-    Processes that torchrun has started get a GPU each.
-
-    Raises:
-        SettingError: no such device here.
-
-    Example:
-        >>> pick_device("cpu")
-        device(type='cpu')
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        device = "cuda" if gpus else "cpu"
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        known = nearest(device, ("auto", "cpu", "cuda", "cuda:0", "mps"))
-        raise SettingError(f"there is no device {device!r}; {known}") from error
-    if place.type == "cuda":
-        index = place.index if place.index is not None else int(os.environ.get("LOCAL_RANK", 0)) % max(gpus, 1)
-        if index >= gpus:
-            raise SettingError(f"device {str(device)!r} was asked for, but torch sees {gpus} CUDA GPUs: use 'auto'")
-        return torch.device("cuda", index)
-    if place.type == "mps" and not torch.backends.mps.is_available():
-        raise SettingError("device 'mps' was asked for, but torch sees no Apple GPU: use 'auto' or 'cpu'")
-    if place.type not in ("cpu", "mps"):
-        raise SettingError(f"device {str(device)!r} cannot train here: use 'auto', 'cpu', 'cuda' or 'mps'")
-    return place
-
-
-def init_distributed() -> tuple[int, int]:
-    """Join the processes that torchrun has started, and return (rank, world); (0, 1) where it has not.
-
-    Processes talk through NCCL where each has a GPU of its own, else through gloo. Calling it again changes nothing.
-
-    Raises:
-        SettingError: the environment is not what torchrun sets.
-
-    Example:
-        >>> init_distributed()
-        (0, 1)
-    """
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
-    numeric = [name for name in names if name != "MASTER_ADDR" and not os.environ.get(name, "0").isdecimal()]
-    if missing or numeric:
-        wrong = [f"{name} is missing" for name in missing] + [f"{name}={os.environ[name]!r}" for name in numeric]
-        raise SettingError(
-            f"WORLD_SIZE is set, but the rest is not as torchrun sets it ({', '.join(wrong)}): start with torchrun, "
-            "or unset WORLD_SIZE"
-        )
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    own_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local
-    if own_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if own_gpu else "gloo")
-    return dist.get_rank(), dist.get_world_size()
 
 
 def _parallel(run: Run) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import platform
 import shutil
 import threading
@@ -28,6 +29,7 @@ from search_spaces.base import Arch, ArchError, SearchSpace
 
 FAILURES = 5
 VIOLATIONS = 1000
+_HERE = platform.node().replace("/", "-")
 _FATAL = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM}
 
 
@@ -73,6 +75,8 @@ class Worker:
         self.trials, self.constraints, self.folder, self.deadline = trials, list(constraints), folder, deadline
         self.watched, self.progress = watched, progress
         self.finished = 0
+        self._bar: tqdm[Any] | None = None
+        self._shown = 0.0
         self.failures: list[str] = []
         self._violations = 0
         self._distributions: dict[str, BaseDistribution] = distributions(space)
@@ -97,7 +101,7 @@ class Worker:
             desc="search",
             unit="trial",
             disable=not self.progress,
-        ) as bar:
+        ) as self._bar:
             try:
                 while time.monotonic() < self.deadline:
                     with self._claim() as trial:
@@ -108,7 +112,7 @@ class Worker:
                         else:
                             self._evaluate(trial)
                     self._catch_up()
-                    self._show(bar)
+                    self.show()
                     self._stop_if_hopeless()
             except (Paused, SpaceExhausted):
                 self._catch_up()
@@ -126,7 +130,7 @@ class Worker:
                     trial = self.study.ask(self._distributions)
                     if self.folder is not None:
                         held.enter_context(self._trial_lock(trial.number))
-                        trial.set_user_attr("host", platform.node())
+                        self._sign_for(trial)
             if trial is not None:
                 held.enter_context(_heartbeat(self.study, trial))
             yield trial
@@ -137,7 +141,7 @@ class Worker:
         if self.folder is None:
             return None
         for running in self._running:
-            here = running.user_attrs.get("host", platform.node()) == platform.node()
+            here = running.user_attrs.get("worker", _HERE).split("/")[0] == _HERE
             if not here and not _stale(self.study, running):
                 continue
             lock = self._trial_lock(running.number)
@@ -151,11 +155,15 @@ class Worker:
                 continue
             held.callback(lock.release)
             trial = optuna.trial.Trial(self.study, running._trial_id)
-            trial.set_user_attr("host", platform.node())
+            self._sign_for(trial)
             for name, options in self.space.choices.items():  # what its worker had not yet written down
                 trial.suggest_categorical(name, options)
             return trial
         return None
+
+    @staticmethod
+    def _sign_for(trial: optuna.Trial) -> None:
+        trial.set_user_attr("worker", f"{_HERE}/{os.getpid()}")
 
     def _study_lock(self) -> Any:
         return FileLock(self.folder / "study.lock") if self.folder is not None else nullcontext()
@@ -243,10 +251,16 @@ class Worker:
     def _score(self, trial: FrozenTrial) -> tuple[float, ...]:
         return tuple(sign * value for sign, value in zip(self._signs, trial.values, strict=True))
 
-    def _show(self, bar: tqdm[Any]) -> None:
+    def show(self, text: str = "") -> None:
+        """Bring the bar up to date, at most twice a second."""
+        if self._bar is None or (text and time.monotonic() - self._shown < 0.5):
+            return
+        self._shown = time.monotonic()
+        best = ""
         if len(self.objectives) == 1 and self._front:
-            bar.set_postfix({f"best {self.objectives[0]}": f"{self._front[0].value:.4g}"}, refresh=False)
-        bar.update(min(self.finished, self.trials) - bar.n)
+            best = f"best {self.objectives[0]} {self._front[0].value:.4g}"
+        self._bar.set_postfix_str(", ".join(filter(None, (best, text))), refresh=bool(text))
+        self._bar.update(min(self.finished, self.trials) - self._bar.n)
 
     def _stop_if_hopeless(self) -> None:
         if len(self.failures) >= FAILURES:
@@ -292,10 +306,12 @@ class _Run(TrialRun):
     """What the objective sees of its trial."""
 
     def __init__(self, trial: optuna.Trial, worker: Worker) -> None:
-        self._trial, self._deadline = trial, worker.deadline
+        self._trial, self._worker, self._deadline = trial, worker, worker.deadline
         self.watched = worker.watched
-        self.progress = worker.progress
         self.folder = worker.folder / "trials" / str(trial.number) if worker.folder is not None else None
+
+    def show(self, text: str) -> None:
+        self._worker.show(f"trial {self._trial.number}: {text}")
 
     def check(self) -> None:
         if time.monotonic() >= self._deadline:

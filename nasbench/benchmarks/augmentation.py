@@ -15,6 +15,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.metadata import version
 from random import Random
 from statistics import median
 
@@ -136,6 +137,7 @@ def main() -> None:
         turns=arguments.repeats,
         pixels="CIFAR-10" if arguments.data else "random bytes",
         clock="processor time, medians of interleaved turns",
+        reference=f"torchvision {version('torchvision')}, pillow {version('pillow')}",
     )
 
 
