@@ -7,6 +7,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from nasbench import profile, training
 from nasbench.data import Data, load
 from nasbench.devices import pick_device
-from nasbench.errors import SettingError
+from nasbench.errors import SettingError, TrainingDiverged
 from nasbench.files import atomic_write
 from nasbench.recipe import Recipe
 from search_spaces.base import Arch, SearchSpace, nearest
@@ -192,8 +193,9 @@ class TrainObjective(Objective):
             arch, folder = message[0]
             run = TrialRun()
             run.folder = Path(folder) if folder else None
-            for seed in self.seeds:
-                self._train(Arch.from_json(arch), seed, run)
+            with suppress(TrainingDiverged):  # all ranks see it; rank 0 stores the reason
+                for seed in self.seeds:
+                    self._train(Arch.from_json(arch), seed, run)
 
     def _builder(self, arch: Arch) -> Callable[[], torch.nn.Module]:
         canonical = self.space.canonical(arch)

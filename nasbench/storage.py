@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage
 
+from nasbench.devices import processor
 from nasbench.errors import ResumeError, SettingError, StudyError
 from nasbench.objective import Objective
 from search_spaces.base import SearchSpace, nearest
@@ -165,7 +165,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": version("torch"),
         "optuna": version("optuna"),
-        "machine": platform.machine(),
+        "processor": processor(),
     }
 
 

@@ -251,6 +251,8 @@ def _check_combination(strategy: Any, directions: Mapping[str, str], pruner: Any
         )
     if pruner is None:
         return
+    if dist.is_initialized():
+        raise SettingError("a pruner ends trainings on one rank alone: leave it out where several processes train.")
     if len(directions) > 1:
         raise SettingError(f"a pruner follows one objective, not {', '.join(directions)}. Leave pruner out.")
     if list(directions) != ["val_accuracy"] or not objective.trains:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
@@ -314,7 +315,8 @@ class _Run(TrialRun):
         self._worker.show(f"trial {self._trial.number}: {text}")
 
     def check(self) -> None:
-        if time.monotonic() >= self._deadline:
+        # One rank of several cannot leave a training alone: then the search stops between two trials only.
+        if time.monotonic() >= self._deadline and not dist.is_initialized():
             raise Paused
 
     def report(self, epoch: int, value: float) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nasbench.devices import processor
 from nasbench.files import atomic_write
 
 _STARTED = time.time()
@@ -42,13 +43,3 @@ def record(script: str, figures: dict[str, Any], seeds: Sequence[int] = (), **co
         temporary.write_text(json.dumps(entry, indent=1) + "\n")
     print(json.dumps(figures, indent=1), f"\nwritten to {path}")
     return path
-
-
-def processor() -> str:
-    """Return the processor's name as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -13,10 +13,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 import nasbench as nb
 from nasbench.files import sha256
+from nasbench.strategies import distributions
+from search_spaces import NASBench201
 
 TRAIN = """
     import sys, torch
@@ -102,17 +105,13 @@ def killed_in_training(tmp_path: Path, program: Path, kills: int) -> None:
     """Compare a study that was killed inside training with an unbroken one."""
     rng = random.Random(kills)
     for _ in range(kills):
+        before = set((tmp_path / "broken").glob("study/trials/*/checkpoint-*.pt"))
         process = start(program, tmp_path / "broken")
-        seen = {str(p) for p in (tmp_path / "broken").glob("study/trials/*/checkpoint-*.pt")}
 
-        def inside() -> bool:
-            now = {str(p) for p in (tmp_path / "broken").glob("study/trials/*/checkpoint-*.pt")}
-            return bool(now - seen)  # noqa: B023
+        def in_a_new_trial(before: set[Path] = before) -> bool:
+            return bool(set((tmp_path / "broken").glob("study/trials/*/checkpoint-*.pt")) - before)
 
-        if seen:  # it goes on with the trial it was killed in: wait for the next one
-            kill_when(process, inside, rng.uniform(0, 0.1))
-        else:
-            kill_when(process, lambda: any((tmp_path / "broken").glob("study/trials/*/checkpoint-*.pt")), 0.05)
+        kill_when(process, in_a_new_trial, rng.uniform(0, 0.05))
     finish(start(program, tmp_path / "broken"))
     finish(start(program, tmp_path / "whole"))
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
@@ -195,3 +194,32 @@ def test_a_killed_workers_trial_is_adopted_by_the_other(tmp_path: Path, storage:
     left = [arch for pid, arch in lines if pid == str(victim.pid)][-1]
     assert begun[left] == 2, "the trial that the victim left was evaluated by the heir"
     assert all(count == 1 for arch, count in begun.items() if arch != left)
+
+
+def test_a_silent_workers_trial_on_another_host_is_adopted(tmp_path: Path) -> None:
+    space = NASBench201()
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/x.db", heartbeat_interval=1, grace_period=2)
+
+    def search(trials: int) -> nb.SearchResult:
+        return nb.search(
+            space,
+            lambda arch: {"score": space.index(arch)},
+            "random",
+            objectives={"score": "maximize"},
+            trials=trials,
+            study="shared",
+            storage=storage,
+            folder=tmp_path,
+            progress=False,
+        )
+
+    first = search(1)
+    study = optuna.load_study(study_name="shared", storage=storage)
+    lost = study.ask(distributions(space))
+    lost.set_user_attr("worker", "elsewhere/1")
+    storage.record_heartbeat(lost._trial_id)
+    time.sleep(3.5)
+    result = search(3)
+    assert [t.number for t in result.trials] == [0, 1, 2]
+    assert {t.state for t in result.trials} == {"complete"}
+    assert result.trials[0].arch == first.trials[0].arch

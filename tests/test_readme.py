@@ -1,0 +1,55 @@
+"""The README's snippets run as they are written, but for smaller numbers; and what it claims has a file that says so."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from random import Random
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def run(block: str, **smaller: str) -> dict[str, object]:
+    """Execute a block in which each of these texts, which must be there, is replaced."""
+    for old, new in smaller.items():
+        assert f"{old}=" in block, f"{old}= is not in the snippet"
+        block = re.sub(rf"\b{old}=\d+", f"{old}={new}", block)
+    scope: dict[str, object] = {"__name__": "readme"}
+    exec(block, scope)  # noqa: S102
+    return scope
+
+
+def test_the_front_door_opens(tmp_path: Path) -> None:
+    scope = run(BLOCKS[0], trials="2", epochs="1")
+    assert len(scope["result"].trials) == 2  # type: ignore[attr-defined]
+    assert (tmp_path / "search.png").exists()
+    assert (tmp_path / "runs" / "first" / "report.html").exists()
+
+
+def test_the_comparison_runs(tmp_path: Path) -> None:
+    run(BLOCKS[1], trials="12", seeds="2")
+    assert (tmp_path / "comparison.png").exists()
+
+
+def test_the_space_and_the_strategy_work_together() -> None:
+    import nasbench as nb
+
+    scope = run(BLOCKS[2] + BLOCKS[3])
+    data = nb.data.load("digits", train_images=100)
+    space = scope["Chain"]().bind(data)  # type: ignore[operator]
+    assert space.sample(Random(0)) in space
+    result = nb.search(space, data, scope["MutateBest"](), trials=2, epochs=1, progress=False)  # type: ignore[operator]
+    assert len(result.complete) == 2
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"nasbench/benchmarks/(\w+)\.json", TEXT))))
+def test_every_figure_has_its_script_and_its_file(name: str) -> None:
+    folder = ROOT / "nasbench" / "benchmarks"
+    assert (folder / f"{name}.py").exists()
+    entry = json.loads((folder / f"{name}.json").read_text())
+    assert entry.keys() >= {"figures", "seeds", "command", "commit", "versions", "threads", "seconds"}
