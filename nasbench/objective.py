@@ -135,6 +135,7 @@ class TrainObjective(Objective):
         self.space, self.recipe, self.seeds, self.test = space, recipe, tuple(seeds), test
         self.device = pick_device(device)
         self.data = data.to(self.device)
+        self._counts: dict[Arch, dict[str, int]] = {}
         self.names = ("val_accuracy", "val_loss", "params", "macs", "bytes", "peak_bytes", "latency_ms")
 
     def settings(self) -> dict[str, Any]:
@@ -166,8 +167,12 @@ class TrainObjective(Objective):
 
     def preview(self, arch: Arch, names: Sequence[str]) -> dict[str, float]:
         """Return params and macs, and what else can be told from an untrained network."""
-        build = self._builder(arch)
-        found: dict[str, float] = dict(profile.count(build, self.data.shape))
+        if not names:
+            return {}
+        build, canonical = self._builder(arch), self.space.canonical(arch)
+        if canonical not in self._counts:
+            self._counts[canonical] = dict(profile.count(build, self.data.shape))
+        found: dict[str, float] = dict(self._counts[canonical])
         if {"bytes", "peak_bytes"} & {*names}:
             found |= {k: float(v) for k, v in profile.measure(build(), self.data.shape).to_dict().items() if k in names}
         if "latency_ms" in names:

@@ -26,7 +26,7 @@ from nasbench.errors import SettingError
 from nasbench.files import atomic_write
 from nasbench.result import SearchResult, Trial
 from nasbench.strategies import distributions
-from nasbench.storage import environment, quiet
+from nasbench.storage import quiet
 from search_spaces.base import Arch, SearchSpace
 
 if TYPE_CHECKING:
@@ -176,7 +176,8 @@ def _draw_progress(result: SearchResult, name: str) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("finished trials")
     _name_axis(axes.yaxis, name, sign)
-    figure.legend(loc="outside upper left", ncols=5, handletextpad=0.4, columnspacing=1.4)
+    if done:
+        figure.legend(loc="outside upper left", ncols=5, handletextpad=0.4, columnspacing=1.4)
     return figure
 
 
@@ -293,7 +294,7 @@ def draw_arch(space: SearchSpace, arch: Mapping[str, Any], ax: Axes | None = Non
         ['1', '2', 'avg_pool_3x3', 'input', 'output']
     """
     edges = space.graph(space.check(arch))
-    places = _places(edges) or {"no edges": np.zeros(2)}
+    places = _places(edges) or {"no operations": np.zeros(2)}
     boxes = {node: _box(place, node, pad=0.09) for node, place in places.items()}
     routes = _routes(edges, places, dict(boxes))
     everything = np.array([*boxes.values(), *(box for _, _, box in routes)])
@@ -514,8 +515,8 @@ def _architectures(result: SearchResult) -> str:
     some = f"<p>{len(shown)} of the {len(trials)} on the front, evenly along it.</p>" if len(shown) < len(trials) else ""
     figures = []
     for trial in shown:
-        metrics = ", ".join(f"{_word(name)} {_metric(trial, name)}" for name in _names([trial], result))
-        caption = f"<b>Trial {trial.number}</b> {escape(metrics)}<br><code>{escape(trial.arch.to_json())}</code>"
+        metrics = " · ".join(f"{_word(name)} {_metric(trial, name)}" for name in _names([trial], result))
+        caption = f"<b>Trial {trial.number}</b> · {escape(metrics)}<br><code>{escape(trial.arch.to_json())}</code>"
         picture = _svg(draw_arch(result.space, trial.arch), f"Architecture of trial {trial.number}")
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     return f'{some}<div class="row">{"".join(figures)}</div>' if figures else ""
@@ -529,7 +530,7 @@ def _best_trials(result: SearchResult) -> str:
         [str(i), str(t.number), *(_metric(t, name) for name in names), _duration(t.seconds)]
         for i, t in enumerate(trials, start=1)
     ]
-    return _table(rows, head) if trials else ""
+    return _table(rows, head, "numbers") if trials else ""
 
 
 def _trade_offs(result: SearchResult) -> Iterator[str]:
@@ -579,20 +580,18 @@ def _counts(result: SearchResult) -> str:
 
 def _conditions(result: SearchResult) -> str:
     found = {"space": json.loads(result.space.to_json()), "objectives": result.objectives} | result.conditions
-    measured = found.pop("objective", {})
-    found = {k: v for k, v in found.items() if k != "environment"} | (measured if isinstance(measured, dict) else {})
-    found["environment"] = result.conditions.get("environment") or environment()
+    found |= found.pop("objective", {})
     return _table([[key.replace("_", " "), _inline(value)] for key, value in found.items()])
 
 
 # Words -------------------------------------------------------------------------------------------------------------
 
 
-def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """Return an HTML table of plain texts."""
+def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), kind: str = "words") -> str:
+    """Return an HTML table of plain texts; numbers stand right."""
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"] if head else []
     lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    return f'<div class="wide"><table class="{kind}">{"".join(lines)}</table></div>'
 
 
 def _names(trials: Iterable[Trial], result: SearchResult) -> list[str]:
@@ -626,14 +625,14 @@ def _count(number: int, noun: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:#.4g}"
 
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
     if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+        return "under 0.1 s" if seconds < 0.1 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60:,} h {minutes % 60} min"
 
@@ -652,9 +651,13 @@ figure{margin:0;max-width:100%}
 figcaption b{color:var(--ink)}
 code{font-size:.8rem;overflow-wrap:anywhere}
 .wide{overflow-x:auto}
+section>svg{width:100%;margin-bottom:1.5rem}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;vertical-align:top;padding:.35rem 1.25rem .35rem 0;border-bottom:1px solid var(--line)}
 th,td:first-child{color:var(--muted);font-weight:400}
+.numbers{width:100%}
+.numbers th,.numbers td{text-align:right;white-space:nowrap;padding:.35rem 0 .35rem 1.25rem}
+.numbers td:first-child,.numbers th:first-child{padding-left:0}
 """
 
 _HTML = """<!DOCTYPE html>

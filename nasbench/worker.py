@@ -128,7 +128,7 @@ class Worker:
                 self._catch_up()
                 trial = self._orphan(held)
                 if trial is None and self.finished + len(self._running) < self.trials:
-                    trial = self.study.ask(self._distributions)
+                    trial = self._ask()
                     if self.folder is not None:
                         held.enter_context(self._trial_lock(trial.number))
                         self._sign_for(trial)
@@ -137,6 +137,18 @@ class Worker:
             yield trial
         if trial is not None and self.folder is not None:
             self._tidy(trial.number)
+
+    def _ask(self) -> optuna.Trial:
+        try:
+            return self.study.ask(self._distributions)
+        except SpaceExhausted as exhausted:
+            # Optuna makes the trial before it asks the sampler: it must not stay behind as one that runs.
+            for trial in self.study.get_trials(deepcopy=False)[::-1]:
+                if trial.state == TrialState.RUNNING and not trial.params:
+                    self.study._storage.set_trial_user_attr(trial._trial_id, "violation", str(exhausted))
+                    self.study.tell(trial.number, state=TrialState.PRUNED)
+                    break
+            raise
 
     def _orphan(self, held: ExitStack) -> optuna.Trial | None:
         if self.folder is None:

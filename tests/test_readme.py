@@ -1,4 +1,4 @@
-"""The README's snippets run as they are written, but for smaller numbers; and what it claims has a file that says so."""
+"""The README's snippets run as written, but for smaller numbers; and each figure has a file that says so."""
 
 from __future__ import annotations
 
