@@ -136,8 +136,8 @@ class Comparison:
         columns = [["strategy", *self.names]]
         rows = self.summary()
         for start, metric in parts.items():
-            columns.append([metric, *(f"{row[start + 'mean']:.4g} ± {row[start + 'std']:.2g}" for row in rows)])
-            columns.append(["median", *(f"{row[start + 'median']:.4g}" for row in rows)])
+            columns.append([metric, *(f"{row[start + 'mean']:#.4g} ± {row[start + 'std']:#.2g}" for row in rows)])
+            columns.append(["median", *(f"{row[start + 'median']:#.4g}" for row in rows)])
             columns.append(["p", *("-" if row[start + "p"] is None else f"{row[start + 'p']:.2g}" for row in rows)])
         columns.append(["rank", *(f"{row['rank']:.2f}" for row in rows)])
         columns.append(["seconds", *(f"{row['seconds']:.1f}" for row in rows)])

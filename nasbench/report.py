@@ -1,7 +1,8 @@
 """Results as a person looks at them: figures of a search, and one HTML page that holds them all.
 
 The figures share one look. On the page they are inline SVG whose colours are the page's, so they follow it into the
-dark. Nothing here depends on the clock: the same result gives the same page.
+dark. Nothing here depends on the clock: the same result gives the same page. Figures and page share their look and
+their words, so this is one file, in three parts: figures of a search, graphs of architectures, the page.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ import optuna
 from nasbench.errors import SettingError
 from nasbench.files import atomic_write
 from nasbench.result import SearchResult, Trial
-from nasbench.strategies import distributions
 from nasbench.storage import quiet
+from nasbench.strategies import distributions
 from search_spaces.base import Arch, SearchSpace
 
 if TYPE_CHECKING:
@@ -43,19 +44,21 @@ _COLOURS = {  # name on the page: by day, by night
     "paper": (PAPER, "#12161c"),
 }
 _WORDS = {
-    "val_accuracy": ("validation accuracy", "fraction"),
-    "val_loss": ("validation loss", "nats"),
-    "test_accuracy": ("test accuracy", "fraction"),
-    "test_loss": ("test loss", "nats"),
-    "params": ("parameters", ""),
-    "macs": ("multiply-adds", ""),
-    "bytes": ("size", "bytes"),
-    "peak_bytes": ("peak activation memory", "bytes"),
-    "latency_ms": ("latency", "ms"),
-    "seconds": ("time", "s"),
+    "val_accuracy": "validation accuracy",
+    "val_loss": "validation loss",
+    "test_accuracy": "test accuracy",
+    "test_loss": "test loss",
+    "params": "parameters",
+    "macs": "multiply-adds",
+    "bytes": "size (bytes)",
+    "peak_bytes": "peak activations (bytes)",
+    "latency_ms": "latency (ms)",
+    "seconds": "time (s)",
 }
-_ENOUGH = 20
+ENOUGH = 20
 """Distinct architectures below which importances would be chance."""
+MANY = 2000
+"""Dots above which they become one picture inside the SVG."""
 
 
 # Figures -----------------------------------------------------------------------------------------------------------
@@ -66,19 +69,20 @@ def _look() -> Iterator[None]:
     """Draw in the house's style, whatever the user's own style is; nothing of it stays."""
     import matplotlib
 
-    style = {
-        "font.size": 9,
+    style: dict[Any, Any] = {
+        "font.size": 8.5,
         "text.color": INK,
         "figure.facecolor": PAPER,
         "savefig.facecolor": "auto",
         "axes.facecolor": "none",
         "axes.edgecolor": LINE,
         "axes.labelcolor": INK,
-        "axes.labelsize": 9,
+        "axes.labelsize": 8.5,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
         "axes.axisbelow": True,
+        "axes.formatter.useoffset": False,
         "grid.color": LINE,
         "grid.linewidth": 0.8,
         "xtick.color": MUTED,
@@ -141,49 +145,62 @@ def _draw_progress(result: SearchResult, name: str) -> Figure:
     """Draw every trial's value over the order of completion, and the best so far."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(6.4, 3.3, layout="constrained")
+    figure = _figure(5.6, 3.0, layout="constrained")
     axes = figure.subplots()
     sign = result._sign(name)
     done = sorted(result.trials, key=lambda t: (t.finished, t.number))
     place = {t.number: i for i, t in enumerate(done, start=1)}
     complete = [t for t in done if t.state == "complete"]
-    dense = len(done) > 2000  # so many dots become one picture inside the SVG
-    for copied, label in ((False, "trial"), (True, "copied from an equal architecture")):
-        some = [t for t in complete if (t.copied_from is not None) == copied]
-        if some:
-            style = {"facecolors": "none", "edgecolors": MUTED} if copied else {"color": MUTED, "linewidths": 0}
-            x, y = [place[t.number] for t in some], [t.metrics[name] for t in some]
-            axes.scatter(x, y, s=16, alpha=0.55, label=label, rasterized=dense, **style)
-    for state, marker in (("pruned", "|"), ("failed", "x")):
-        x = [place[t.number] for t in done if t.state == state]
-        if x:
-            at_the_foot = axes.get_xaxis_transform()
-            axes.plot(x, [0.02] * len(x), marker, color=MUTED, ms=5, mew=0.9, transform=at_the_foot, label=state)
+    scores = {t.number: sign * t.metrics[name] for t in complete}  # higher is better
+
+    def dots(trials: Sequence[Trial], label: str, **style: Any) -> None:
+        if trials:
+            x, y = [place[t.number] for t in trials], [sign * max(scores[t.number], floor) for t in trials]
+            axes.scatter(x, y, alpha=0.55, label=label, rasterized=len(done) > MANY, **style)
+
     if complete:
-        best = np.maximum.accumulate([sign * t.metrics[name] for t in complete]) * sign
-        x = [place[t.number] for t in complete]
-        axes.step([*x, len(done)], [*best, best[-1]], where="post", color=ACCENT, lw=1.8, label="best so far")
-        first = int(np.argmax(best == best[-1]))
-        axes.plot(x[first], best[-1], "o", color=ACCENT, ms=5)
-        side = (0, 5) if sign > 0 else (0, -11)
-        axes.annotate(
-            _number(float(best[-1])), (x[first], best[-1]), side, textcoords="offset points", color=ACCENT, ha="center"
+        # A few hopeless trials shall not flatten all others: the scale ends a bit below the better nine tenths.
+        top, tenth = max(scores.values()), float(np.quantile(list(scores.values()), 0.1))
+        floor = max(min(scores.values()), tenth - (top - tenth))
+        shown = [t for t in complete if scores[t.number] >= floor]
+        new = {"color": MUTED, "linewidths": 0, "s": 16}
+        dots([t for t in shown if t.copied_from is None], "trial", **new)
+        copy = {"facecolors": "none", "edgecolors": MUTED, "s": 16}
+        dots([t for t in shown if t.copied_from is not None], "copied from an equal one", **copy)
+        worse = [t for t in complete if scores[t.number] < floor]
+        dots(worse, "off the scale", marker="v" if sign > 0 else "^", **new)
+        best = np.maximum.accumulate(list(scores.values()))
+        x = [place[number] for number in scores]
+        axes.step(
+            [*x, len(done)], sign * np.array([*best, top]), where="post", color=ACCENT, lw=1.8, label="best so far"
         )
-        axes.margins(y=0.12)
+        peak = x[int(np.argmax(best))], sign * top
+        axes.plot(*peak, "o", color=ACCENT, ms=5)
+        above = (0, 5) if sign > 0 else (0, -12)
+        axes.annotate(_number(peak[1]), peak, above, textcoords="offset points", color=ACCENT, ha="center")
+        margin = 0.08 * (top - floor) or 0.1 * abs(top) or 1.0
+        axes.set_ylim(*sorted((sign * (floor - margin), sign * (top + 1.6 * margin))))
     else:
         axes.text(0.5, 0.5, "no trial completed", transform=axes.transAxes, ha="center", color=MUTED)
-    axes.set_xlim(0, len(done) + 1)
+    for state, marker in (("pruned", "|"), ("failed", "x")):
+        if at := [place[t.number] for t in done if t.state == state]:
+            foot: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.plot(at, [0.0] * len(at), marker, color=MUTED, ms=5, mew=0.9, label=state, **foot)
+    axes.set_xlim(0.5, len(done) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("finished trials")
     _name_axis(axes.yaxis, name, sign)
     if done:
-        figure.legend(loc="outside upper left", ncols=5, handletextpad=0.4, columnspacing=1.4)
+        figure.legend(loc="outside upper left", ncols=5, handletextpad=0.3, columnspacing=1.2)
     return figure
 
 
 def _draw_front(result: SearchResult, names: Sequence[str]) -> Figure:
     """Draw the trials that no other beats in these metrics, and faintly all others."""
-    figure = _figure(6.4, 3.9, layout="constrained")
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    figure = _figure(5.6, 3.5, layout="constrained")
     axes = figure.subplots()
     up, right = names[:2]
     front = sorted(result.pareto(*names), key=lambda t: (t.metrics[right], t.metrics[up]))
@@ -192,20 +209,21 @@ def _draw_front(result: SearchResult, names: Sequence[str]) -> Figure:
     x, y = [t.metrics[right] for t in front], [t.metrics[up] for t in front]
     if rest:
         others = [t.metrics[right] for t in rest], [t.metrics[up] for t in rest]
-        axes.scatter(*others, s=14, color=MUTED, alpha=0.35, linewidths=0, label="beaten", rasterized=len(rest) > 2000)
+        axes.scatter(
+            *others, s=14, color=MUTED, alpha=0.35, linewidths=0, label="dominated", rasterized=len(rest) > MANY
+        )
     if not front:
         axes.text(0.5, 0.5, "no trial completed", transform=axes.transAxes, ha="center", color=MUTED)
     elif len(names) == 2:
-        where = "post" if result._sign(right) < 0 else "pre"
-        axes.step(x, y, where=where, color=ACCENT, lw=1.4, alpha=0.6)
+        # Towards the right more is given up, or less: the front holds up to the next point, or from the one before.
+        axes.step(x, y, where="post" if result._sign(right) < 0 else "pre", color=ACCENT, lw=1.4, alpha=0.6)
         axes.scatter(x, y, s=30, color=ACCENT, linewidths=0, zorder=3, label="Pareto front")
     else:
         values = [t.metrics[names[2]] for t in front]
-        dots = axes.scatter(
-            x, y, s=36, c=values, cmap="viridis", edgecolors=PAPER, linewidths=0.5, zorder=3, label="Pareto front"
-        )
+        seen_by_day_and_night = ListedColormap(colormaps["viridis"](np.linspace(0.25, 0.92, 200)))
+        dots = axes.scatter(x, y, s=36, c=values, cmap=seen_by_day_and_night, zorder=3, label="Pareto front")
         bar = figure.colorbar(dots, ax=axes, pad=0.02, aspect=30)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         _name_axis(bar.ax.yaxis, names[2], result._sign(names[2]))
     _name_axis(axes.xaxis, right, result._sign(right))
     _name_axis(axes.yaxis, up, result._sign(up))
@@ -230,14 +248,14 @@ def draw_importances(result: SearchResult) -> Figure | None:
 
     name, direction = next(iter(result.objectives.items()))
     values = {t.arch: t.metrics[name] for t in result.complete}
-    if len(values) < _ENOUGH or len(set(values.values())) == 1:
+    if len(values) < ENOUGH or len(set(values.values())) == 1:
         return None
     kinds = distributions(result.space)
     trials = [
         optuna.trial.create_trial(params=dict(arch), distributions=kinds, value=value) for arch, value in values.items()
     ]
     with quiet():
-        study = optuna.create_study(direction=direction)
+        study = optuna.create_study(direction="maximize" if direction == "maximize" else "minimize")
         study.add_trials(trials)
         try:
             shares = get_param_importances(study, evaluator=MeanDecreaseImpurityImportanceEvaluator(seed=0))
@@ -246,7 +264,7 @@ def draw_importances(result: SearchResult) -> Figure | None:
     shown = list(shares.items())[:15]
     if len(shown) < len(shares):
         shown.append((f"{len(shares) - 15} others", sum(list(shares.values())[15:])))
-    figure = _figure(6.4, 0.7 + 0.24 * len(shown), layout="constrained")
+    figure = _figure(5.6, 0.7 + 0.24 * len(shown), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh(range(len(shown)), [share for _, share in shown], color=ACCENT, height=0.6)
     axes.bar_label(bars, [f"{share:.0%}" for _, share in shown], padding=4, color=MUTED)
@@ -264,8 +282,7 @@ def _name_axis(axis: Axis, name: str, sign: float) -> None:
     from matplotlib.ticker import EngFormatter
 
     better = "higher is better" if sign > 0 else "lower is better"
-    word, unit = _WORDS.get(name, (name, better))
-    axis.set_label_text(f"{word} ({unit})" if unit else word, parse_math=False)
+    axis.set_label_text(_WORDS.get(name, f"{name} ({better})"), parse_math=False)
     if max(map(abs, axis.get_view_interval())) >= 10_000:
         axis.set_major_formatter(EngFormatter(sep=""))
 
@@ -308,13 +325,13 @@ def draw_arch(space: SearchSpace, arch: Mapping[str, Any], ax: Axes | None = Non
     ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     ax.set_axis_off()
 
-    style = {"ha": "center", "va": "center_baseline", "parse_math": False}
+    style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "parse_math": False}
     frame = {"boxstyle": "round,pad=0.5", "facecolor": PAPER, "linewidth": 1.2}
     texts = {}
     for node, (x, y) in places.items():
         edge = ACCENT if node in ("input", "output") else MUTED
         texts[node] = ax.text(x, y, node, fontsize=9, bbox=frame | {"edgecolor": edge}, **style)
-    for (source, target, label), (curve, bend, _) in zip(edges, routes, strict=True):
+    for (source, target, label), (_, bend, box) in zip(edges, routes, strict=True):
         arrow = {
             "arrowstyle": "-|>,head_length=0.45,head_width=0.18",
             "connectionstyle": f"arc3,rad={bend}",
@@ -325,14 +342,16 @@ def draw_arch(space: SearchSpace, arch: Mapping[str, Any], ax: Axes | None = Non
             "color": MUTED,
             "linewidth": 1.1,
         }
-        ax.annotate("", places[target], places[source], arrowprops=arrow)
+        ax.annotate("", tuple(places[target]), tuple(places[source]), arrowprops=arrow)
         if label:
-            x, y = curve[len(curve) // 2]
+            x, y = (box[:2] + box[2:]) / 2
             ax.text(x, y, label, fontsize=8, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}, **style)
     return ax.figure  # type: ignore[return-value]
 
 
 Graph = Sequence[tuple[str, str, str]]
+Route = tuple[np.ndarray, float, np.ndarray]
+"""The points of an arrow, how much it bends, and the box of its label."""
 
 
 def _places(edges: Graph) -> dict[str, np.ndarray]:
@@ -343,14 +362,17 @@ def _places(edges: Graph) -> dict[str, np.ndarray]:
     if not nx.is_directed_acyclic_graph(graph):
         return {node: place * len(graph) / 3 for node, place in nx.circular_layout(graph).items()}
     layers = list(nx.topological_generations(graph))
-    longest, widest = max((len(label) for *_, label in edges), default=0), max(map(len, graph), default=0)
-    across = longest > 0
-    along, beside = (0.55 + 0.07 * (longest + widest), 0.75) if across else (0.5, 0.5 + 0.08 * widest)
-    places = {}
+    longest = max((len(label) for *_, label in edges), default=0)
+    gap = 0.4 + 0.072 * longest  # room for a label and the head of its arrow
+    beside = 0.85 if longest else 0.5 + 0.08 * max(map(len, graph), default=0)
+    places, x = {}, 0.0
     for i, layer in enumerate(layers):
+        half = 0.036 * max(map(len, layer)) + 0.09
+        x += half
         for j, node in enumerate(layer):
             offset = (j - (len(layer) - 1) / 2) * beside
-            places[node] = np.array([i * along, -offset] if across else [offset, -i * along])
+            places[node] = np.array([x, -offset] if longest else [offset, -0.5 * i])
+        x += half + gap
     return places
 
 
@@ -360,35 +382,39 @@ def _box(middle: np.ndarray, text: str, pad: float) -> np.ndarray:
     return np.concatenate([middle - half, middle + half])
 
 
-def _routes(
-    edges: Graph, places: Mapping[str, np.ndarray], boxes: dict[str, np.ndarray]
-) -> list[tuple[np.ndarray, float, np.ndarray]]:
-    """Return for every edge the points of its arrow, how much it bends, and the box of its label.
+def _routes(edges: Graph, places: Mapping[str, np.ndarray], boxes: dict[str, np.ndarray]) -> list[Route]:
+    """Choose for every edge how to bend: as little as it can without meeting nodes, labels or other arrows.
 
-    The shortest edge chooses first. Each bends as little as it can without meeting nodes, labels or other arrows.
+    The shortest edge chooses first.
     """
     t = np.linspace(0, 1, 41)[:, None]
-    found: dict[int, tuple[np.ndarray, float, np.ndarray]] = {}
+    found: dict[int, Route] = {}
     for i in sorted(range(len(edges)), key=lambda i: float(np.linalg.norm(places[edges[i][1]] - places[edges[i][0]]))):
         source, target, label = edges[i]
         a, b = places[source], places[target]
-        tried = []
+        options: list[tuple[float, Route]] = []
         for bend in (0, -0.25, 0.25, -0.4, 0.4, -0.55, 0.55, -0.7, 0.7, -0.9, 0.9):
             control = (a + b) / 2 + bend * np.array([b[1] - a[1], a[0] - b[0]])  # as matplotlib's arc3
             curve = (1 - t) ** 2 * a + 2 * t * (1 - t) * control + t**2 * b
-            box = _box(curve[20], label or "-", pad=0.04)
-            on_label = sum(bool((box[:2] < o[2:]).all() and (o[:2] < box[2:]).all()) for o in boxes.values())
-            on_curve = sum(_meets(curve, o) for node, o in boxes.items() if node not in (source, target))
-            crossed = sum(_meets(c, box) + _touch(c, curve) for c, _, _ in found.values())
-            tried.append((100 * (on_label + on_curve) + 10 * crossed + abs(bend), len(tried), curve, bend, box))
-        _, _, curve, bend, box = min(tried, key=lambda entry: entry[:2])
-        found[i] = curve, bend, box
-        boxes[f"label {i}"] = box
+            seen = curve[~(_inside(curve, boxes[source]) | _inside(curve, boxes[target]))]
+            box = _box(seen[len(seen) // 2] if len(seen) else control, label or "-", pad=0.04)
+            others = [other for node, other in boxes.items() if node not in (source, target)]
+            hidden = sum(_overlap(box, other) for other in boxes.values()) + sum(
+                _inside(curve, o).any() for o in others
+            )
+            crossed = sum(_inside(other, box).any() + _touch(other, curve) for other, _, _ in found.values())
+            options.append((100 * hidden + 10 * crossed + abs(bend), (curve, bend, box)))
+        _, found[i] = min(options, key=lambda option: option[0])
+        boxes[f"label of {i}"] = found[i][2]
     return [found[i] for i in range(len(edges))]
 
 
-def _meets(curve: np.ndarray, box: np.ndarray) -> bool:
-    return bool(((curve > box[:2]) & (curve < box[2:])).all(axis=1).any())
+def _overlap(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool((one[:2] < other[2:]).all() and (other[:2] < one[2:]).all())
+
+
+def _inside(curve: np.ndarray, box: np.ndarray) -> np.ndarray:
+    return np.asarray(((curve > box[:2]) & (curve < box[2:])).all(axis=1))
 
 
 def _touch(one: np.ndarray, other: np.ndarray) -> bool:
@@ -419,9 +445,7 @@ def write_report(result: SearchResult, path: Path | None = None) -> Path:
     """
     if path is None:
         if result.folder is None:
-            raise SettingError(
-                "this result has no folder to put a report in. Name a file: result.report('report.html')."
-            )
+            raise SettingError("this result has no folder for a report. Name a file: result.report('report.html').")
         path = result.folder / "report.html"
     page = _page(result)
     with atomic_write(path) as temporary:
@@ -430,27 +454,27 @@ def write_report(result: SearchResult, path: Path | None = None) -> Path:
 
 
 def _page(result: SearchResult) -> str:
-    title = f"{type(result.space).__name__}: {_strategy(result)}"
-    several = len(result.objectives) > 1
+    objective = result.conditions.get("objective", {})
+    on = f" on {objective['data']['name']}" if objective.get("kind") == "train" else ""
+    first, several = next(iter(result.objectives)), len(result.objectives) > 1
     with _look():
+        progress = _svg(_draw_progress(result, first), f"Best {_word(first)} so far over finished trials")
         sections = {
             "Pareto front" if several else "Best architectures": _architectures(result),
-            "Best trials": _best_trials(result),
-            "Progress": _svg(
-                _draw_progress(result, next(iter(result.objectives))), "Best value so far over finished trials"
-            ),
+            "Trials on the front" if several else "Best trials": _best_trials(result),
+            "Progress": progress,
             "Trade-offs": "".join(_trade_offs(result)),
             "What matters": _importances(result),
             "Trials": _counts(result),
             "Conditions": _conditions(result),
         }
-    body = "".join(f"<section><h2>{name}</h2>{content}</section>\n" for name, content in sections.items() if content)
-    return _HTML.format(title=escape(title), style=_style(), summary=escape(_summary(result)), body=body)
-
-
-def _style() -> str:
-    day, night = (";".join(f"--{n}:{pair[i]}" for n, pair in _COLOURS.items()) for i in (0, 1))
-    return f":root{{color-scheme:light dark;{day}}}\n@media(prefers-color-scheme:dark){{:root{{{night}}}}}\n{_CSS}"
+    day, night = (";".join(f"--{name}:{pair[i]}" for name, pair in _COLOURS.items()) for i in (0, 1))
+    return _HTML.format(
+        title=escape(f"Search of {type(result.space).__name__}{on}"),
+        style=_CSS.replace("DAY", day).replace("NIGHT", night),
+        summary=escape(_summary(result)),
+        body="".join(f"<section><h2>{name}</h2>{text}</section>\n" for name, text in sections.items() if text),
+    )
 
 
 def _svg(figure: Figure, title: str) -> str:
@@ -467,16 +491,13 @@ def _svg(figure: Figure, title: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
-def _strategy(result: SearchResult) -> str:
-    return str(result.conditions.get("strategy", {}).get("name", "search")).replace("_", " ")
-
-
 def _summary(result: SearchResult) -> str:
     """Return what was searched, how, and what was found, in plain sentences."""
     size, objective = result.space.size, result.conditions.get("objective", {})
     of = f"{size:,}" if size < 10**9 else f"about 10^{len(str(size)) - 1}"
-    text = f"{_count(len(result.trials), 'trial')} of {_strategy(result)} in {type(result.space).__name__}, "
-    text += f"a space of {of} architectures"
+    strategy = result.conditions.get("strategy", {}).get("name")
+    text = f"The strategy {strategy!r}" if strategy else "The search"
+    text += f" tried {_count(len(result.trials), 'architecture')} of {type(result.space).__name__} ({of} in all)"
     if objective.get("kind") == "train":
         text += f", each trained on {objective['data']['name']} for {_count(objective['recipe']['epochs'], 'epoch')}"
     elif objective.get("kind") == "table":
@@ -488,9 +509,8 @@ def _summary(result: SearchResult) -> str:
     if not result.complete:
         return f"{text} No trial completed."
     if len(aims) > 1:
-        return (
-            f"{text} Found: {_count(len(result.pareto()), 'architecture')} that no other beats in all of these at once."
-        )
+        count = _count(len(result.pareto()), "architecture")
+        return f"{text} Found: {count} that no other beats in all of these at once."
     best = result.best
     return f"{text} Found: {_number(best.metrics[next(iter(result.objectives))])}, in trial {best.number}."
 
@@ -512,25 +532,28 @@ def _architectures(result: SearchResult) -> str:
             break
     trials = list(distinct.values())
     shown = [trials[i] for i in sorted({round(i) for i in np.linspace(0, len(trials) - 1, min(6, len(trials)))})]
-    some = f"<p>{len(shown)} of the {len(trials)} on the front, evenly along it.</p>" if len(shown) < len(trials) else ""
+    some = f"<p>{len(shown)} of the {len(trials)} that differ in canonical form, evenly along the front.</p>"
     figures = []
     for trial in shown:
         metrics = " · ".join(f"{_word(name)} {_metric(trial, name)}" for name in _names([trial], result))
         caption = f"<b>Trial {trial.number}</b> · {escape(metrics)}<br><code>{escape(trial.arch.to_json())}</code>"
         picture = _svg(draw_arch(result.space, trial.arch), f"Architecture of trial {trial.number}")
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
-    return f'{some}<div class="row">{"".join(figures)}</div>' if figures else ""
+    row = f'<div class="row">{"".join(figures)}</div>' if figures else ""
+    return some + row if len(shown) < len(trials) else row
 
 
 def _best_trials(result: SearchResult) -> str:
-    trials = _ranked(result)[:10]
+    ranked = _ranked(result)
+    trials = ranked[:10]
     names = _names(trials, result)
-    head = ["", "trial", *map(_word, names), "time"]
-    rows = [
-        [str(i), str(t.number), *(_metric(t, name) for name in names), _duration(t.seconds)]
-        for i, t in enumerate(trials, start=1)
-    ]
-    return _table(rows, head, "numbers") if trials else ""
+    rows = [[str(t.number), *(_metric(t, name) for name in names), _duration(t.seconds)] for t in trials]
+    text = _table(rows, ["trial", *map(_word, names), "time"], "numbers") if trials else ""
+    if len(ranked) > 10 and len(result.objectives) > 1:
+        text += f"<p>10 of {len(ranked)}, best {escape(_word(names[0]))} first.</p>"
+    if any(len(t.runs) > 1 for t in trials):
+        text += "<p>Means of several training runs, ± their standard deviation.</p>"
+    return text
 
 
 def _trade_offs(result: SearchResult) -> Iterator[str]:
@@ -539,7 +562,7 @@ def _trade_offs(result: SearchResult) -> Iterator[str]:
     pairs += [["val_accuracy", cost] for cost in ("macs", "params")]
     measured = set[str]().union(*(t.metrics for t in result.complete))
     for i, names in enumerate(pairs):
-        if measured.issuperset(names) and names not in pairs[:i]:
+        if measured.issuperset(names) and set(names) not in map(set, pairs[:i]):
             yield _svg(_draw_front(result, names), f"Pareto front of {' and '.join(map(_word, names))}")
 
 
@@ -564,24 +587,24 @@ def _counts(result: SearchResult) -> str:
     kinds: dict[tuple[str, str], list[str]] = {}
     for trial in result.trials:
         if trial.reason:
-            kinds.setdefault((trial.state, re.sub(r"(?<![\w<>=.])-?\d[\w.+]*", "#", trial.reason)), []).append(trial.reason)
-    kinds = dict(sorted(kinds.items(), key=lambda item: -len(item[1]))[:8])
-    rows = [
-        [state, f"{len(reasons):,}", reasons[0][:300] + (" (and similar)" if len({*reasons}) > 1 else "")]
-        for (state, _), reasons in kinds.items()
-    ]
+            kind = re.sub(r"(?<![\w<>=.])-?\d[\w.+]*", "#", trial.reason)
+            kinds.setdefault((trial.state, kind), []).append(trial.reason)
+    rows = []
+    for (state, _), reasons in sorted(kinds.items(), key=lambda item: -len(item[1]))[:8]:
+        rows.append([state, f"{len(reasons):,}", reasons[0][:300] + (" (and similar)" if len({*reasons}) > 1 else "")])
     text += _table(rows, ["state", "trials", "reason"]) if rows else ""
     seconds = [t.seconds for t in result.trials if t.seconds is not None and t.copied_from is None]
     if seconds:
-        text += f"<p>Evaluating took {_duration(sum(seconds))} in all: {_duration(median(seconds))} for the median trial, "
-        text += f"{_duration(max(seconds))} for the longest.</p>"
+        text += f"<p>Evaluating took {_duration(sum(seconds))} in all, "
+        text += f"{_duration(median(seconds))} for the median trial, {_duration(max(seconds))} for the longest.</p>"
     return text
 
 
 def _conditions(result: SearchResult) -> str:
     found = {"space": json.loads(result.space.to_json()), "objectives": result.objectives} | result.conditions
-    found |= found.pop("objective", {})
-    return _table([[key.replace("_", " "), _inline(value)] for key, value in found.items()])
+    objective = found.pop("objective", {})
+    rows = [*found.items(), *(("evaluation" if key == "kind" else key, value) for key, value in objective.items())]
+    return _table([[key.replace("_", " "), _inline(value)] for key, value in rows])
 
 
 # Words -------------------------------------------------------------------------------------------------------------
@@ -610,14 +633,18 @@ def _metric(trial: Trial, name: str) -> str:
 def _inline(value: Any) -> str:
     """Return settings as a line of text."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_inline(v)}" if isinstance(v, str | int | float) else f"{k} ({_inline(v)})" for k, v in value.items())
+        parts = []
+        for key, entry in value.items():
+            text = f"({_inline(entry)})" if isinstance(entry, Mapping) else _inline(entry)
+            parts.append(text if key in ("space", "name") else f"{key} {text}")
+        return ", ".join(parts)
     if isinstance(value, list | tuple):
         return ", ".join(map(_inline, value)) or "none"
     return "none" if value is None else str(value)
 
 
 def _word(name: str) -> str:
-    return _WORDS.get(name, (name, ""))[0]
+    return _WORDS.get(name, name)
 
 
 def _count(number: int, noun: str) -> str:
@@ -638,6 +665,8 @@ def _duration(seconds: float | None) -> str:
 
 
 _CSS = """
+:root{color-scheme:light dark;DAY}
+@media(prefers-color-scheme:dark){:root{NIGHT}}
 body{margin:0 auto;max-width:46rem;padding:1.5rem 1rem 4rem;background:var(--paper);color:var(--ink);
  font:1rem/1.55 system-ui,sans-serif}
 h1{font-size:1.6rem;line-height:1.25;margin:1rem 0 .5rem}

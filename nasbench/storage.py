@@ -211,7 +211,9 @@ def quiet() -> Iterator[None]:
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*[Hh]eartbeat.*")  # we record heartbeats ourselves
+            yield
     finally:
         optuna.logging.set_verbosity(level)
 

@@ -136,8 +136,9 @@ def test_a_damaged_study_says_so(tmp_path: Path, damage: str) -> None:
 
 def test_quiet_keeps_the_users_verbosity(capsys: pytest.CaptureFixture[str]) -> None:
     level = optuna.logging.get_verbosity()
-    with pytest.raises(KeyError), quiet():
+    with quiet():
         optuna.create_study()
+    with pytest.raises(KeyError), quiet():
         raise KeyError
     assert optuna.logging.get_verbosity() == level
     assert capsys.readouterr().err == ""
@@ -180,7 +181,8 @@ def test_a_study_is_continued_under_its_conditions(tmp_path: Path, storage: str 
     ],
 )
 def test_other_conditions_are_refused_and_named(tmp_path: Path, key: str, value: Any, match: str) -> None:
-    opened(tmp_path / "mine")
+    storage = optuna.storages.InMemoryStorage()
+    opened(tmp_path / "mine", storage=storage)
     changed = copy.deepcopy(made_of())
     if isinstance(value, dict):
         for name, setting in value.items():
@@ -188,24 +190,26 @@ def test_other_conditions_are_refused_and_named(tmp_path: Path, key: str, value:
     else:
         changed[key] = value
     with pytest.raises(ResumeError, match=f"study 'mine' was {match}") as refusal:
-        opened(tmp_path / "mine", changed)
+        opened(tmp_path / "mine", changed, storage)
     assert str(refusal.value).endswith("Restore the setting, or choose a new study name.")
-    opened(tmp_path / "mine")  # the refusal changed nothing
+    opened(tmp_path / "mine", storage=storage)  # the refusal changed nothing
 
 
 def test_other_circumstances_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened(tmp_path)
+    storage = optuna.storages.InMemoryStorage()
+    opened(tmp_path, storage=storage)
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     with pytest.warns(UserWarning, match=rf"continues under other conditions \(threads {threads} before, 99 now\)"):
-        opened(tmp_path)
+        opened(tmp_path, storage=storage)
 
 
 def test_the_data_may_lie_elsewhere(tmp_path: Path) -> None:
-    opened(tmp_path)
+    storage = optuna.storages.InMemoryStorage()
+    opened(tmp_path, storage=storage)
     moved = copy.deepcopy(made_of())
     moved["objective"]["data"]["load"] = {"seed": 0, "root": "/elsewhere"}
-    opened(tmp_path, moved)  # the fingerprint says that the images are the same
+    opened(tmp_path, moved, storage)  # the fingerprint says that the images are the same
 
 
 # Studies of others -------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_two_workers_finish_exactly_the_trials_each_once(tmp_path: Path) -> None
     assert 24 - sum(t.copied_from is not None for t in trials) == len(evaluations)
 
 
-@pytest.mark.parametrize("storage", [None, "study.log"])
+@pytest.mark.parametrize("storage", [None, pytest.param("study.log", marks=pytest.mark.slow)])
 def test_a_killed_workers_trial_is_adopted_by_the_other(tmp_path: Path, storage: str | None) -> None:
     objectives = {"score": "maximize"}
     program = script(tmp_path, LOOK_UP, PAUSE=0.4, STRATEGY="random", OBJECTIVES=objectives, TRIALS=16, STORAGE=storage)

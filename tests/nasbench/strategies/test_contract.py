@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,6 @@ def ask(study: optuna.Study) -> optuna.Trial:
 CASES = [Case(name) for name in STRATEGIES] + [
     Case(name, objectives=2) for name in STRATEGIES if make(name).many_objectives and name != "gp"
 ]
-one_objective = pytest.mark.parametrize("case", CASES[: len(STRATEGIES)], ids=lambda case: case.name)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name + "-2" * (case.objectives == 2))
@@ -163,14 +163,15 @@ def test_a_trial_whose_worker_died_is_proposed_again(case: Case, monkeypatch: py
     for number in range(case.trials):
         written = (0, 1, 4)[number % 3]
         dying = case.restarted(study)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch:
             patch.setattr(dying._storage, "set_trial_param", dies_after(written, dying._storage.set_trial_param))
-            ask(dying)
+            with pytest.raises(Killed):
+                ask(dying)
         left = dying.trials[-1]
         assert (left.number, len(left.params)) == (number, written)
 
         adopter = case.restarted(dying)
-        adopted = optuna.trial.Trial(adopter, adopter.trials[-1]._trial_id)
+        adopted = optuna.trial.Trial(adopter, adopter.trials[-1]._trial_id)  # as a worker claims an orphan
         for name, options in SPACE.choices.items():
             adopted.suggest_categorical(name, options)
         trial = ask(study)
@@ -189,10 +190,10 @@ def dies_after(calls: int, function: Any) -> Any:
     return dying
 
 
-@pytest.mark.parametrize("case", [Case("evolution"), Case("tpe"), Case("nsga3", objectives=2)], ids=lambda c: c.name)
-def test_a_study_on_disk_continues_as_if_unbroken(case: Case, tmp_path: Any) -> None:
-    parts = [case.run(case.study(storage=f"sqlite:///{tmp_path}/study.db"), trials) for trials in (3, 5, 6)]
-    assert [arch for part in parts for arch in part] == case.run(case.study())
+@pytest.mark.parametrize("case", [Case("evolution"), Case("nsga2", objectives=2)], ids=lambda case: case.name)
+def test_a_study_on_disk_continues_as_if_unbroken(case: Case, tmp_path: Path) -> None:
+    parts = [case.run(case.study(storage=f"sqlite:///{tmp_path}/study.db"), trials) for trials in (2, 3, 4)]
+    assert [arch for part in parts for arch in part] == case.run(case.study(), 9)
 
 
 # Plain Optuna ------------------------------------------------------------------------------------------------------
