@@ -166,7 +166,7 @@ def _draw_progress(result: SearchResult, name: str) -> Figure:
         new = {"color": MUTED, "linewidths": 0, "s": 16}
         dots([t for t in shown if t.copied_from is None], "trial", **new)
         copy = {"facecolors": "none", "edgecolors": MUTED, "s": 16}
-        dots([t for t in shown if t.copied_from is not None], "copied from an equal one", **copy)
+        dots([t for t in shown if t.copied_from is not None], "copied", **copy)
         worse = [t for t in complete if scores[t.number] < floor]
         dots(worse, "off the scale", marker="v" if sign > 0 else "^", **new)
         best = np.maximum.accumulate(list(scores.values()))
@@ -179,19 +179,21 @@ def _draw_progress(result: SearchResult, name: str) -> Figure:
         above = (0, 5) if sign > 0 else (0, -12)
         axes.annotate(_number(peak[1]), peak, above, textcoords="offset points", color=ACCENT, ha="center")
         margin = 0.08 * (top - floor) or 0.1 * abs(top) or 1.0
-        axes.set_ylim(*sorted((sign * (floor - margin), sign * (top + 1.6 * margin))))
+        axes.set_ylim(*sorted((sign * (floor - margin), sign * (top + 2 * margin))))
     else:
         axes.text(0.5, 0.5, "no trial completed", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.set_yticks([])
     for state, marker in (("pruned", "|"), ("failed", "x")):
         if at := [place[t.number] for t in done if t.state == state]:
-            foot: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-            axes.plot(at, [0.0] * len(at), marker, color=MUTED, ms=5, mew=0.9, label=state, **foot)
-    axes.set_xlim(0.5, len(done) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            foot = axes.get_xaxis_transform()
+            axes.plot(at, [0.03] * len(at), marker, color=MUTED, ms=5, mew=0.9, label=state, transform=foot)
+    edge = max(0.5, 0.012 * len(done))
+    axes.set_xlim(1 - edge, max(len(done), 1) + edge)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.set_xlabel("finished trials")
     _name_axis(axes.yaxis, name, sign)
     if done:
-        figure.legend(loc="outside upper left", ncols=5, handletextpad=0.3, columnspacing=1.2)
+        figure.legend(loc="outside upper left", ncols=6, handletextpad=0.3, columnspacing=1.2)
     return figure
 
 
@@ -363,7 +365,7 @@ def _places(edges: Graph) -> dict[str, np.ndarray]:
         return {node: place * len(graph) / 3 for node, place in nx.circular_layout(graph).items()}
     layers = list(nx.topological_generations(graph))
     longest = max((len(label) for *_, label in edges), default=0)
-    gap = 0.4 + 0.072 * longest  # room for a label and the head of its arrow
+    gap = 0.35 + 0.066 * longest  # room for a label and the head of its arrow
     beside = 0.85 if longest else 0.5 + 0.08 * max(map(len, graph), default=0)
     places, x = {}, 0.0
     for i, layer in enumerate(layers):
@@ -396,14 +398,15 @@ def _routes(edges: Graph, places: Mapping[str, np.ndarray], boxes: dict[str, np.
         for bend in (0, -0.25, 0.25, -0.4, 0.4, -0.55, 0.55, -0.7, 0.7, -0.9, 0.9):
             control = (a + b) / 2 + bend * np.array([b[1] - a[1], a[0] - b[0]])  # as matplotlib's arc3
             curve = (1 - t) ** 2 * a + 2 * t * (1 - t) * control + t**2 * b
+            met = {name for name, box in boxes.items() if _inside(curve, box).any()} - {source, target}
+            crossed = sum(_touch(other, curve) for other, _, _ in found.values())
+            cost = 100 * len(met & places.keys()) + 10 * len(met) + crossed + 0.1 * abs(bend)
             seen = curve[~(_inside(curve, boxes[source]) | _inside(curve, boxes[target]))]
-            box = _box(seen[len(seen) // 2] if len(seen) else control, label or "-", pad=0.04)
-            others = [other for node, other in boxes.items() if node not in (source, target)]
-            hidden = sum(_overlap(box, other) for other in boxes.values()) + sum(
-                _inside(curve, o).any() for o in others
-            )
-            crossed = sum(_inside(other, box).any() + _touch(other, curve) for other, _, _ in found.values())
-            options.append((100 * hidden + 10 * crossed + abs(bend), (curve, bend, box)))
+            for place in (0.5, 0.3, 0.7) if len(seen) else ():
+                box = _box(seen[int(place * len(seen))], label or "-", pad=0.04)
+                clash = 100 * sum(_overlap(box, other) for other in boxes.values())
+                clash += 10 * sum(int(_inside(other, box).any()) for other, _, _ in found.values())
+                options.append((cost + clash + abs(place - 0.5), (curve, bend, box)))
         _, found[i] = min(options, key=lambda option: option[0])
         boxes[f"label of {i}"] = found[i][2]
     return [found[i] for i in range(len(edges))]
@@ -537,8 +540,10 @@ def _architectures(result: SearchResult) -> str:
     for trial in shown:
         metrics = " · ".join(f"{_word(name)} {_metric(trial, name)}" for name in _names([trial], result))
         caption = f"<b>Trial {trial.number}</b> · {escape(metrics)}<br><code>{escape(trial.arch.to_json())}</code>"
-        picture = _svg(draw_arch(result.space, trial.arch), f"Architecture of trial {trial.number}")
-        figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
+        figure = draw_arch(result.space, trial.arch)
+        width = max(figure.get_figwidth(), 2.1)
+        picture = _svg(figure, f"Architecture of trial {trial.number}")
+        figures.append(f'<figure style="width:{width:.2f}in">{picture}<figcaption>{caption}</figcaption></figure>')
     row = f'<div class="row">{"".join(figures)}</div>' if figures else ""
     return some + row if len(shown) < len(trials) else row
 
@@ -627,7 +632,9 @@ def _metric(trial: Trial, name: str) -> str:
     if name not in trial.metrics:
         return ""
     runs = [run[name] for run in trial.runs if name in run]
-    return _number(trial.metrics[name]) + (f" ± {_number(stdev(runs))}" if len(runs) > 1 else "")
+    spread = stdev(runs) if len(runs) > 1 else None
+    plus_minus = "" if spread is None else f" ± {spread:.2g}" if spread < 100 else f" ± {spread:,.0f}"
+    return _number(trial.metrics[name]) + plus_minus
 
 
 def _inline(value: Any) -> str:

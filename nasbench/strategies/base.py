@@ -7,12 +7,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from random import Random
 from typing import Any, ClassVar, overload
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
+from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -90,22 +92,23 @@ class History(Sequence[PastTrial]):
 class Strategy(ABC):
     """A black-box strategy: a frozen dataclass of settings with one method, `propose`.
 
-    It sees the finished trials and nothing else: no loader, file or clock. All that passes from one proposal to the
-    next is the history, so an interrupted study continues exactly as if it had never stopped.
+        It sees the finished trials and nothing else: no loader, file or clock. All that passes from one proposal to the
+        next is the history, so an interrupted study continues exactly as if it had never stopped.
 
-    Example:
-        >>> from dataclasses import dataclass
-        >>> @dataclass(frozen=True)
-        ... class MutateBest(Strategy):
-        ...     def propose(self, space, history, rng):
-        ...         if not history:
-        ...             return space.sample(rng)
-        ...         return space.mutate(max(history, key=lambda trial: trial.score).arch, rng)
-        >>> from search_spaces import NASBench201
-        >>> study = optuna.create_study(sampler=MutateBest().sampler(NASBench201(), seed=0))
-        >>> trial = study.ask(distributions(NASBench201()))
-        >>> Arch(trial.params) in NASBench201()
-        True
+        Example:
+            >>> from dataclasses import dataclass
+    from itertools import chain, count
+            >>> @dataclass(frozen=True)
+            ... class MutateBest(Strategy):
+            ...     def propose(self, space, history, rng):
+            ...         if not history:
+            ...             return space.sample(rng)
+            ...         return space.mutate(max(history, key=lambda trial: trial.score).arch, rng)
+            >>> from search_spaces import NASBench201
+            >>> study = optuna.create_study(sampler=MutateBest().sampler(NASBench201(), seed=0))
+            >>> trial = study.ask(distributions(NASBench201()))
+            >>> Arch(trial.params) in NASBench201()
+            True
     """
 
     many_objectives: ClassVar[bool] = False
@@ -154,13 +157,29 @@ class Ledger:
 
     def read(self, study: optuna.Study) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
         """Return the trials finished since the last read, in order of completion, and those still running."""
-        trials = study.get_trials(deepcopy=False)
-        fresh = [trials[i] for i in (*self._open, *range(self._seen, len(trials)))]
-        self._seen = len(trials)
-        self._open = [t.number for t in fresh if not t.state.is_finished()]
+        fresh = self._fetch(study)
+        running = [t for t in fresh if not t.state.is_finished()]
+        self._seen = max((t.number + 1 for t in fresh), default=self._seen)
+        self._open = [t.number for t in running]
         done = [t for t in fresh if t.state.is_finished()]
         done.sort(key=lambda t: (t.datetime_complete, t.number))
-        return done, [trials[i] for i in self._open]
+        return done, running
+
+    def _fetch(self, study: optuna.Study) -> list[FrozenTrial]:
+        """Return the trials that were running at the last read, and those that are new."""
+        storage = study._storage
+        if not isinstance(storage, InMemoryStorage):
+            trials = study.get_trials(deepcopy=False)
+            return [trials[i] for i in (*self._open, *range(self._seen, len(trials)))]
+        # A list of all trials, however shallow, would make each read dearer than the last.
+        fetched = []
+        for number in chain(self._open, count(self._seen)):
+            try:
+                key = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+            except KeyError:
+                break
+            fetched.append(storage.get_trial(key))
+        return fetched
 
 
 class HistorySampler(BaseSampler):

@@ -373,9 +373,9 @@ def test_a_queued_trial_is_not_running(study: optuna.Study) -> None:
     assert [t.number for t in ledger.read(study)[0]] == [0]
 
 
-def test_a_ledger_looks_at_a_finished_trial_no_more() -> None:
+def test_a_ledger_looks_at_a_finished_trial_no_more(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     class Counted:
-        """A trial that counts how often its state is looked at."""
+        """A finished trial that counts how often its state is looked at."""
 
         def __init__(self, number: int) -> None:
             self.number, self.looks = number, 0
@@ -386,19 +386,13 @@ def test_a_ledger_looks_at_a_finished_trial_no_more() -> None:
             self.looks += 1
             return TrialState.COMPLETE
 
-    class Study:
-        def __init__(self) -> None:
-            self.trials = [Counted(0)]
-
-        def get_trials(self, deepcopy: bool) -> list[Counted]:
-            assert not deepcopy
-            return self.trials
-
-    ledger, study = Ledger(), Study()
-    ledger.read(study)  # type: ignore[arg-type]
-    looks = study.trials[0].looks
+    stored = [Counted(0)]
+    monkeypatch.setattr(study._storage, "get_all_trials", lambda *args, **kwargs: list(stored))
+    ledger = Ledger()
+    ledger.read(study)
+    looks = stored[0].looks
     for number in range(1, 20):
-        study.trials.append(Counted(number))
-        done, running = ledger.read(study)  # type: ignore[arg-type]
-        assert ([t.number for t in done], running) == ([number], [])
-    assert [trial.looks for trial in study.trials] == [looks] * 20
+        stored.append(Counted(number))
+        done, running = ledger.read(study)
+        assert ([trial.number for trial in done], running) == ([number], [])
+    assert [trial.looks for trial in stored] == [looks] * 20

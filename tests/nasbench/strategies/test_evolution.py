@@ -306,8 +306,8 @@ def test_local_search_climbs_to_the_first_better_neighbour_and_restarts_when_all
 
 
 def test_the_first_climb_ends_at_a_local_maximum() -> None:
-    for seed in range(5):
-        trials = walk(LocalSearch(), LETTERS, rugged, 120, seed)
+    for seed in range(3):
+        trials = walk(LocalSearch(), LETTERS, rugged, 90, seed)
         top, seen = trials[0], {trials[0].arch}
         for trial in trials[1:]:
             if all(neighbour in seen for neighbour in LETTERS.neighbours(top.arch)):
@@ -394,14 +394,6 @@ def test_grid_proposes_each_class_once_in_order_and_then_stops() -> None:
     expected = [(a, b, c) for a in range(3) for b in range(a, 3) for c in "xy" if (a, b) != (2, 2)]
     assert [tuple(arch.values()) for arch in archs] == expected
     assert {space.canonical(arch) for arch in space.archs()} == set(archs)
-
-
-def test_grid_covers_the_functions_of_nasbench201() -> None:
-    space = NASBench201()
-    done = History(PastTrial(i, arch, (0.5,)) for i, arch in enumerate(space.archs()) if space.canonical(arch) == arch)
-    assert len(done) == 5545
-    with pytest.raises(SpaceExhausted, match="all 5545 architectures of NASBench201"):
-        Grid().propose(space, done, Random(0))
 
 
 def test_grid_passes_over_what_is_running() -> None:
