@@ -1,7 +1,6 @@
 """Images to search on: loading and checking them, splitting them once and for all, drawing augmented batches.
 
-One file, longer than most: its halves are one promise. `load` and `from_arrays` check everything, so that `Data` never
-has to. First come the data and their batches, then where they are loaded from.
+`load` and `from_arrays` check everything, so that `Data` never has to.
 """
 
 from __future__ import annotations
@@ -10,31 +9,38 @@ import copy
 import hashlib
 import json
 import os
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property, partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from nasbench.errors import DataError, SettingError
+from nasbench.sources import (
+    NAMES,
+    as_images,
+    as_labels,
+    cifar,
+    common_size,
+    digits,
+    fitted,
+    image_folder,
+    read_npz,
+    subfolders,
+    svhn,
+)
+from nasbench.splits import Array, split_rows
 from search_spaces.base import nearest
 
 Batch = tuple[Tensor, Tensor]
 Store = tuple[Tensor, Tensor, Tensor]
-Array = NDArray[Any]
 
-NAMES = ("digits", "cifar10", "cifar100", "svhn")
 _STORE_BYTES = 2**31  # larger sets of padded images are padded batch by batch instead
 _STATISTICS_IMAGES = 2048  # of a folder, this many images tell mean and deviation
 
@@ -77,7 +83,7 @@ class Data(ABC):
         self.flip = True if flip is None else flip
         self._within("crop", self.crop)
         self.device = torch.device("cpu")
-        train, val = _split(name, labels, self.classes, val_fraction, seed, train_images)
+        train, val = split_rows(name, labels, self.classes, val_fraction, seed, train_images)
         self._rows = {"train": train, "val": val, "train+val": np.sort(np.concatenate([train, val]))}
         self._labels = torch.from_numpy(labels)
         self._test_labels = None if test_labels is None else torch.from_numpy(test_labels)
@@ -365,7 +371,7 @@ class FolderData(Data):
     """
 
     def __init__(self, folder: Path, *, size: int | None, workers: int | None, **settings: Any) -> None:
-        self._files = [_image_folder(path) for path in _subfolders(folder)]
+        self._files = [image_folder(path) for path in subfolders(folder)]
         names = self._files[0].classes
         if differ := sorted({*names}.symmetric_difference(self._files[-1].classes)):
             raise DataError(
@@ -374,10 +380,10 @@ class FolderData(Data):
         if size is not None and size < 1:
             raise SettingError(f"size={size}: images are one pixel wide at least.")
         height, width = (
-            (size, size) if size else _common_size([path for files in self._files for path, _ in files.samples])
+            (size, size) if size else common_size([path for files in self._files for path, _ in files.samples])
         )
         for files in self._files:
-            files.transform = partial(_fitted, height, width)
+            files.transform = partial(fitted, height, width)
         labels = [np.array(files.targets, np.int64) for files in self._files]
         shape = (3, height, width)
         super().__init__(folder.name, labels[0], labels[1] if len(labels) > 1 else None, names, shape, **settings)
@@ -421,53 +427,6 @@ def _checked(batch_size: int) -> int:
     return batch_size
 
 
-# Splits ---------------------------------------------------------------------------------------------------------------
-
-
-def _stratified(labels: Array, count: int, rng: np.random.Generator) -> Array:
-    """Return `count` sorted positions drawn so that every class keeps its share to within one image."""
-    numbers = np.bincount(labels)
-    share = numbers * count / len(labels)
-    take = np.floor(share).astype(int)
-    take[np.argsort(take - share, kind="stable")[: count - take.sum()]] += 1  # largest remainders first
-    picks = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in enumerate(take)]
-    return np.sort(np.concatenate(picks))
-
-
-def _split(
-    name: str, labels: Array, classes: int, val_fraction: float, seed: int, train_images: int | None
-) -> tuple[Array, Array]:
-    """Return the rows of the training and the validation split."""
-    if not 0 < val_fraction < 1:
-        raise SettingError(
-            f"val_fraction={val_fraction} is outside 0..1: it is the share of training images to validate on."
-        )
-    if seed < 0:
-        raise SettingError(f"seed={seed}: a seed is 0 or more.")
-    rng = np.random.default_rng(seed)
-    rows = np.arange(len(labels))
-    if train_images is not None:
-        if not 0 < train_images <= len(labels):
-            raise SettingError(
-                f"train_images={train_images}, but {name} has {len(labels)} of them. Ask for 1..{len(labels)}."
-            )
-        rows = _stratified(labels, train_images, rng)
-    chosen = labels[rows]
-    picks = _stratified(chosen, round(len(rows) * val_fraction), rng)
-    val = rows[picks]
-    train = np.delete(rows, picks)
-    for split, part in (("training", train), ("validation", val)):
-        if len(missing := np.setdiff1d(np.arange(classes), labels[part])):
-            raise DataError(
-                f"the {split} split of {name} would have no image of class {missing[0]}: {len(rows)} images "
-                f"of {classes} classes are too few for val_fraction={val_fraction}. Give more, or another fraction."
-            )
-    return train, val
-
-
-# Arrays ---------------------------------------------------------------------------------------------------------------
-
-
 def from_arrays(
     x_train: Array,
     y_train: Array,
@@ -508,7 +467,7 @@ def from_arrays(
         raise DataError(
             f"{name} has {'y_test without x_test' if x_test is None else 'x_test without y_test'}. Give both or none."
         )
-    images, labels = _images("x_train", x_train, size), _labels("y_train", y_train, len(x_train))
+    images, labels = as_images("x_train", x_train, size), as_labels("y_train", y_train, len(x_train))
     classes = int(labels.max()) + 1
     if classes < 2:
         raise DataError(
@@ -524,7 +483,7 @@ def from_arrays(
         raise DataError(f"{name} has {classes} classes, but {len(names)} class names: {', '.join(names)[:80]}.")
     test_images, test_labels = None, None
     if x_test is not None and y_test is not None:
-        test_images, test_labels = _images("x_test", x_test, size), _labels("y_test", y_test, len(x_test))
+        test_images, test_labels = as_images("x_test", x_test, size), as_labels("y_test", y_test, len(x_test))
         if test_images.shape[1:] != images.shape[1:]:
             raise DataError(
                 f"x_test has shape {x_test.shape}, x_train {x_train.shape}: images must be of one size. Resize them."
@@ -535,57 +494,6 @@ def from_arrays(
             )
     settings = {"crop": crop, "flip": flip, "val_fraction": val_fraction, "seed": seed, "train_images": train_images}
     return TensorData(name, images, labels, test_images, test_labels, names, **settings)
-
-
-def _images(what: str, x: Any, size: int | None = None) -> Tensor:
-    """Return the images as a uint8 tensor (N, H, W, C), or say what is wrong with them."""
-    if not isinstance(x, np.ndarray) or x.dtype != np.uint8:
-        kind = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
-        raise DataError(
-            f"{what} has type {kind}; images are numpy arrays of uint8, 0 to 255. Convert them: x.astype(np.uint8)."
-        )
-    shape = x.shape
-    if x.ndim == 3:
-        x = x[..., None]
-    elif x.ndim == 4 and shape[3] not in (1, 3) and shape[1] in (1, 3):
-        x = x.transpose(0, 2, 3, 1)
-    if x.ndim != 4 or x.shape[3] not in (1, 3):
-        raise DataError(
-            f"{what} has shape {shape}; images are (N, H, W), or (N, H, W, C) or (N, C, H, W) with 1 or 3 channels."
-        )
-    if not x.size:
-        raise DataError(f"{what} is empty: its shape is {shape}. Give at least one image of one pixel.")
-    images = torch.from_numpy(np.ascontiguousarray(x))
-    return images if size is None else _resized(images, size)
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    if size < 1:
-        raise SettingError(f"size={size}: images are one pixel wide at least.")
-    parts = [
-        functional.interpolate(part.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True)
-        for part in torch.split(images, 1024)
-    ]
-    return torch.cat([part.round().clamp(0, 255).byte().permute(0, 2, 3, 1) for part in parts]).contiguous()
-
-
-def _labels(what: str, y: Any, count: int) -> Array:
-    """Return the labels as int64 (N,), or say what is wrong with them."""
-    if not isinstance(y, np.ndarray) or not np.issubdtype(y.dtype, np.integer):
-        kind = y.dtype if isinstance(y, np.ndarray) else type(y).__name__
-        raise DataError(
-            f"{what} has type {kind}; labels are numpy arrays of integers. Convert them: y.astype(np.int64)."
-        )
-    if y.shape != (count,):
-        raise DataError(
-            f"{what} has shape {y.shape}, but there are {count} images: one label for each, shape ({count},)."
-        )
-    if y.min() < 0:
-        raise DataError(f"{what} has label {y.min()}; labels are 0 to classes - 1.")
-    return y.astype(np.int64)
-
-
-# Sources --------------------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -638,17 +546,17 @@ def _named(source: str | Path, folder: Path, download: bool, workers: int | None
     if source in ("digits", "svhn"):
         settings["flip"] = bool(settings["flip"])  # a mirrored digit is none
     if source == "digits":
-        return from_arrays(*_digits(), name="digits", **settings)
+        return from_arrays(*digits(), name="digits", **settings)
     if source == "svhn":
-        return from_arrays(*_svhn(folder, download), name="svhn", **settings)
+        return from_arrays(*svhn(folder, download), name="svhn", **settings)
     if source in ("cifar10", "cifar100"):
-        arrays, names = _cifar(str(source), folder, download)
+        arrays, names = cifar(str(source), folder, download)
         return from_arrays(*arrays, name=str(source), class_names=names, **settings)
     path = Path(source).expanduser()
     if path.is_dir():
         return FolderData(path, workers=workers, **settings)
     if path.suffix == ".npz":
-        return from_arrays(*_npz(path), name=path.stem, **settings)
+        return from_arrays(*read_npz(path), name=path.stem, **settings)
     if path.exists():
         raise DataError(
             f"{path} is neither a folder nor an .npz file. Save arrays with np.savez(path, x_train=..., y_train=...)."
@@ -656,133 +564,3 @@ def _named(source: str | Path, folder: Path, download: bool, workers: int | None
     if isinstance(source, Path) or len(path.parts) > 1:
         raise DataError(f"there is no {path}. Give a folder, an .npz file, or one of {', '.join(NAMES)}.")
     raise DataError(f"no data set {source!r}, and no such folder or .npz file; {nearest(source, NAMES)}")
-
-
-def _digits() -> list[Array]:
-    """Return scikit-learn's 1,797 scanned digits, 8x8; the test split is fixed, whatever the seed."""
-    digits = import_module("sklearn.datasets").load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # grey levels 0..16, kept apart
-    test = _stratified(digits.target, 360, np.random.default_rng(0))
-    return [np.delete(images, test, 0), np.delete(digits.target, test), images[test], digits.target[test]]
-
-
-def _npz(path: Path) -> list[Any]:
-    if not path.exists():
-        raise DataError(
-            f"there is no {path}. Write it with np.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)."
-        )
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{path} is no .npz file, or it was cut short. Write or copy it again.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test") if key in file}
-            found = ", ".join(file.files) or "nothing"
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        hint = "Save plain arrays: pickles are not opened." if "pickle" in str(error) else "Write or copy it again."
-        raise DataError(f"{path} cannot be read: {error}. {hint}") from error
-    if missing := [key for key in ("x_train", "y_train") if key not in arrays]:
-        raise DataError(
-            f"{path} has no array {missing[0]!r}, but {found}. Needed: x_train, y_train; optional: x_test, y_test."
-        )
-    return [arrays.get(key) for key in ("x_train", "y_train", "x_test", "y_test")]
-
-
-def _cifar(name: str, root: Path, download: bool) -> tuple[list[Array], list[str]]:
-    dataset = getattr(import_module("torchvision.datasets"), name.upper())
-    try:
-        train, test = (dataset(root, train=train, download=download) for train in (True, False))
-    except (OSError, RuntimeError) as error:
-        raise _absent(
-            name, root, download, f"{root / dataset.base_folder} (unpack {dataset.filename})", error
-        ) from error
-    return [train.data, np.array(train.targets), test.data, np.array(test.targets)], train.classes
-
-
-def _svhn(root: Path, download: bool) -> list[Array]:
-    arrays: list[Array] = []
-    for split in ("train", "test"):
-        url, filename, checksum = import_module("torchvision.datasets").SVHN.split_list[split]
-        path = root / filename
-        try:
-            if download and not path.exists():
-                import_module("torchvision.datasets.utils").download_url(url, root, filename, checksum)
-            if not path.exists():
-                raise FileNotFoundError(f"no {filename} in {root}")
-        except (OSError, RuntimeError) as error:
-            raise _absent("svhn", root, download, str(path), error) from error
-        try:
-            file = import_module("scipy.io").loadmat(path, variable_names=["X", "y"])
-            images, labels = file["X"].transpose(3, 0, 1, 2), file["y"].reshape(-1) % 10  # the digit 0 is labelled 10
-        except (OSError, ValueError, KeyError, TypeError, NotImplementedError, zlib.error) as error:
-            raise DataError(
-                f"{path} is no SVHN file, or it was cut short ({error}). Remove it and fetch it again."
-            ) from error
-        arrays += [images, labels]
-    return arrays
-
-
-def _absent(name: str, root: Path, download: bool, place: str, error: Exception) -> DataError:
-    if download:
-        return DataError(
-            f"{name} could not be downloaded to {root} ({error}). Check the connection, or put the files at {place}."
-        )
-    return DataError(f"the files of {name} are not in {root}, or damaged. Pass download=True, or put them at {place}.")
-
-
-# Folders --------------------------------------------------------------------------------------------------------------
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    """Return the folder of the training classes, then that of the test classes if there is one."""
-    names = {path.name for path in folder.iterdir() if path.is_dir()}
-    if "train" not in names:
-        return [folder]
-    if others := sorted(names - {"train", "test"}):
-        raise DataError(
-            f"{folder} has {others[0]!r} beside 'train'. Give it train and test alone (validation images come from "
-            "train), or one folder per class."
-        )
-    return [folder / name for name in ("train", "test") if name in names]
-
-
-def _image_folder(folder: Path) -> Any:
-    try:
-        return import_module("torchvision.datasets").ImageFolder(str(folder), loader=_colours)
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} holds no images by class ({error}). Put them in one folder per class.") from error
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[Any]:
-    try:
-        with import_module("PIL.Image").open(path) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error}). Remove or replace it.") from error
-
-
-def _colours(path: str) -> Any:
-    with _opened(path) as image:
-        return image.convert("RGB")
-
-
-def _fitted(height: int, width: int, image: Any) -> Tensor:
-    """Return the image as bytes (H, W, C), scaled to cover this size and cropped around its centre."""
-    if image.size != (width, height):
-        scale = max(width / image.width, height / image.height)
-        x, y = (image.width - width / scale) / 2, (image.height - height / scale) / 2
-        box = (x, y, image.width - x, image.height - y)
-        image = image.resize((width, height), import_module("PIL.Image").Resampling.BILINEAR, box=box)
-    return torch.from_numpy(np.array(image))
-
-
-def _common_size(paths: Sequence[str]) -> tuple[int, int]:
-    """Return the height and width that all these images have, or say that they differ."""
-    found: dict[tuple[int, int], str] = {}
-    for path in paths:
-        with _opened(path) as image:
-            found.setdefault((image.height, image.width), path)
-        if len(found) > 1:
-            sizes = ", ".join(f"{first} {height}x{width}" for (height, width), first in found.items())
-            raise DataError(f"images differ in size: {sizes}. Pass size= to scale and crop them to one.")
-    return next(iter(found))

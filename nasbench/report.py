@@ -366,7 +366,7 @@ def _places(edges: Graph) -> dict[str, np.ndarray]:
     layers = list(nx.topological_generations(graph))
     longest = max((len(label) for *_, label in edges), default=0)
     gap = 0.35 + 0.066 * longest  # room for a label and the head of its arrow
-    beside = 0.85 if longest else 0.5 + 0.08 * max(map(len, graph), default=0)
+    beside = 0.95 if longest else 0.5 + 0.08 * max(map(len, graph), default=0)
     places, x = {}, 0.0
     for i, layer in enumerate(layers):
         half = 0.036 * max(map(len, layer)) + 0.09
@@ -401,8 +401,9 @@ def _routes(edges: Graph, places: Mapping[str, np.ndarray], boxes: dict[str, np.
             met = {name for name, box in boxes.items() if _inside(curve, box).any()} - {source, target}
             crossed = sum(_touch(other, curve) for other, _, _ in found.values())
             cost = 100 * len(met & places.keys()) + 10 * len(met) + crossed + 0.1 * abs(bend)
-            seen = curve[~(_inside(curve, boxes[source]) | _inside(curve, boxes[target]))]
-            for place in (0.5, 0.3, 0.7) if len(seen) else ():
+            outside = ~(_inside(curve, boxes[source]) | _inside(curve, boxes[target]))
+            seen = curve[outside] if outside.any() else curve
+            for place in (0.5, 0.25, 0.75):
                 box = _box(seen[int(place * len(seen))], label or "-", pad=0.04)
                 clash = 100 * sum(_overlap(box, other) for other in boxes.values())
                 clash += 10 * sum(int(_inside(other, box).any()) for other, _, _ in found.values())

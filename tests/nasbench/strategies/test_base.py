@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from pathlib import Path
 from random import Random
 from threading import Event, current_thread
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from nasbench.errors import SettingError, StudyError
 from nasbench.strategies import History, PastTrial, Proposal, Strategy, distributions
@@ -73,6 +72,10 @@ def watcher() -> Watcher:
 @pytest.fixture
 def study(watcher: Watcher) -> optuna.Study:
     return optuna.create_study(direction="maximize", sampler=watcher.sampler(SPACE))
+
+
+# In memory, and in a data base that happens to be there too: a ledger reads them in different ways.
+both_storages = pytest.mark.parametrize("storage", [None, "sqlite:///:memory:"], ids=["memory", "sqlite"])
 
 
 def ask(study: optuna.Study) -> optuna.Trial:
@@ -208,23 +211,25 @@ def test_a_sampler_that_serves_two_studies_keeps_their_histories_apart(watcher: 
     assert [view.numbers for view in watcher.views] == [[], [0], [], [0, 1], [0]]
 
 
-def test_the_history_is_whole_under_hyperband(watcher: Watcher) -> None:
+@both_storages
+def test_the_history_is_whole_under_hyperband(watcher: Watcher, storage: str | None) -> None:
     # Optuna shows a sampler only the trials of the running trial's bracket.
     def objective(trial: optuna.Trial) -> float:
         score = sum(SPACE.encode({d: trial.suggest_categorical(d, o) for d, o in SPACE.choices.items()}))
-        for epoch in range(9):
+        for epoch in (1, 3, 9):
             trial.report(score * epoch, epoch)
             if trial.should_prune():
                 raise optuna.TrialPruned
         return float(score)
 
     pruner = optuna.pruners.HyperbandPruner(max_resource=9)
+    sampler = watcher.sampler(SPACE)
     study = optuna.create_study(
-        study_name="brackets", direction="maximize", sampler=watcher.sampler(SPACE), pruner=pruner
+        study_name="brackets", direction="maximize", storage=storage, sampler=sampler, pruner=pruner
     )
-    study.optimize(objective, n_trials=30)
+    study.optimize(objective, n_trials=20)
     complete = [trial.number for trial in study.trials if trial.state == TrialState.COMPLETE]
-    assert 3 < len(complete) < 30
+    assert 3 < len(complete) < 20
     for number, view in enumerate(watcher.views):
         assert view.numbers == [c for c in complete if c < number]
 
@@ -232,18 +237,18 @@ def test_the_history_is_whole_under_hyperband(watcher: Watcher) -> None:
 def test_threads_of_one_study_see_each_finished_trial_once(
     watcher: Watcher, study: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As under study.optimize(n_jobs=2): one thread reads the trials, and gets on only after another has asked too.
+    # As under study.optimize(n_jobs=2): one thread has read the trials, and gets on only after another has asked too.
     run(study, 3)
-    here, taken, overtaken, read = current_thread(), Event(), Event(), study._storage.get_all_trials
+    here, taken, overtaken, read = current_thread(), Event(), Event(), Ledger.read
 
-    def read_slowly(*args: Any, **kwargs: Any) -> Any:
-        trials = read(*args, **kwargs)
-        if current_thread() is not here and kwargs.get("states") is None:
+    def read_slowly(ledger: Ledger, study: optuna.Study) -> Any:
+        trials = read(ledger, study)
+        if current_thread() is not here:
             taken.set()
             overtaken.wait(timeout=0.3)  # in vain, if a lock keeps the other thread waiting
         return trials
 
-    monkeypatch.setattr(study._storage, "get_all_trials", read_slowly)
+    monkeypatch.setattr(Ledger, "read", read_slowly)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(ask, study)
         assert taken.wait(timeout=30)
@@ -258,7 +263,7 @@ def test_threads_of_one_study_see_each_finished_trial_once(
 # Foreign trials ----------------------------------------------------------------------------------------------------
 
 
-def foreign(params: dict[str, Any]) -> optuna.trial.FrozenTrial:
+def foreign(params: dict[str, Any]) -> FrozenTrial:
     kinds = distributions(SPACE)
     found = {name: kinds.get(name, CategoricalDistribution((value,))) for name, value in params.items()}
     return optuna.create_trial(params=params, distributions=found, value=0.75)
@@ -308,16 +313,13 @@ def test_parent_and_note_come_back_in_the_history(watcher: Watcher, study: optun
     ]
 
 
-def test_notes_read_the_same_from_every_storage(tmp_path: Path) -> None:
-    def note_from(storage: str | None) -> Any:
-        watcher = Watcher([Proposal(SPACE.at(1), note={"path": (1, 2), "counts": {3: 4}})])
-        study = optuna.create_study(storage=storage, sampler=watcher.sampler(SPACE))
-        run(study, 1)
-        ask(study)
-        return watcher.views[-1].trials[0].note
-
-    assert note_from(f"sqlite:///{tmp_path}/study.db") == {"path": [1, 2], "counts": {"3": 4}}  # as JSON has it
-    assert note_from(None) == {"path": [1, 2], "counts": {"3": 4}}
+@both_storages
+def test_notes_read_the_same_from_every_storage(storage: str | None) -> None:
+    watcher = Watcher([Proposal(SPACE.at(1), note={"path": (1, 2), "counts": {3: 4}})])
+    study = optuna.create_study(storage=storage, sampler=watcher.sampler(SPACE))
+    run(study, 1)
+    ask(study)
+    assert watcher.views[-1].trials[0].note == {"path": [1, 2], "counts": {"3": 4}}  # as JSON has it
 
 
 @pytest.mark.parametrize("note", [{"best": {1, 2}}, {"arch": SPACE.at(0)}], ids=["set", "arch"])
@@ -340,7 +342,9 @@ def test_an_objective_that_asks_for_more_than_the_space_is_refused(study: optuna
 # Ledger ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_ledger_gives_each_finished_trial_once(study: optuna.Study) -> None:
+@both_storages
+def test_a_ledger_gives_each_finished_trial_once(watcher: Watcher, storage: str | None) -> None:
+    study = optuna.create_study(direction="maximize", storage=storage, sampler=watcher.sampler(SPACE))
     ledger = Ledger()
 
     def read() -> tuple[list[int], list[int]]:
@@ -374,25 +378,25 @@ def test_a_queued_trial_is_not_running(study: optuna.Study) -> None:
 
 
 def test_a_ledger_looks_at_a_finished_trial_no_more(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Counted:
-        """A finished trial that counts how often its state is looked at."""
+    looks = Counter[int]()
 
-        def __init__(self, number: int) -> None:
-            self.number, self.looks = number, 0
-            self.datetime_complete = datetime(2026, 1, 1) + timedelta(seconds=number)
+    def look(trial: FrozenTrial) -> Any:
+        looks[trial.number] += 1
+        return vars(trial)["state"]
 
-        @property
-        def state(self) -> TrialState:
-            self.looks += 1
-            return TrialState.COMPLETE
+    def change(trial: FrozenTrial, state: TrialState) -> None:
+        vars(trial)["state"] = state
 
-    stored = [Counted(0)]
-    monkeypatch.setattr(study._storage, "get_all_trials", lambda *args, **kwargs: list(stored))
+    monkeypatch.setattr(FrozenTrial, "state", property(look, change), raising=False)
     ledger = Ledger()
-    ledger.read(study)
-    looks = stored[0].looks
+    open_trial = ask(study)
     for number in range(1, 20):
-        stored.append(Counted(number))
-        done, running = ledger.read(study)
-        assert ([trial.number for trial in done], running) == ([number], [])
-    assert [trial.looks for trial in stored] == [looks] * 20
+        run(study, 1)
+        looks.clear()
+        ledger.read(study)
+        assert set(looks) == {0, number}
+    study.tell(open_trial, 0.5)
+    ledger.read(study)
+    looks.clear()
+    ledger.read(study)
+    assert not looks

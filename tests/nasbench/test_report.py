@@ -1,0 +1,495 @@
+"""Figures that show what they should, and a page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from torch import nn
+
+import nasbench as nb
+from nasbench import report
+from nasbench.report import draw_arch, draw_importances, draw_search, write_report
+from nasbench.result import SearchResult, Trial
+from search_spaces import Arch, ArchError, NASBench201, ResNet, SearchSpace
+
+SPACE = ResNet()
+
+
+def complete(number: int, arch: int | None = None, **changes: Any) -> Trial:
+    """A finished trial; keywords that are no fields of a trial are its metrics."""
+    fields = {k: changes.pop(k) for k in ("copied_from", "seconds", "runs") if k in changes}
+    return Trial(number, SPACE.at(number if arch is None else arch), "complete", changes, finished=number, **fields)
+
+
+def unfinished(number: int, state: str, reason: str) -> Trial:
+    return Trial(number, SPACE.at(number), state, reason=reason, finished=number)
+
+
+def points(figure: Figure, label: str) -> list[tuple[float, float]]:
+    """The dots that the legend calls so."""
+    axes = figure.axes[0]
+    (dots,) = [c for c in axes.collections if c.get_label() == label]
+    return [(float(x), float(y)) for x, y in np.asarray(dots.get_offsets())]
+
+
+def line(figure: Figure, label: str) -> list[tuple[float, float]]:
+    (found,) = [x for x in figure.axes[0].lines if x.get_label() == label]
+    return list(zip(np.asarray(found.get_xdata()).tolist(), np.asarray(found.get_ydata()).tolist(), strict=True))
+
+
+def labels(figure: Figure) -> set[str]:
+    return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+
+
+# A search ----------------------------------------------------------------------------------------------------------
+
+MIXED = [
+    complete(0, score=0.5),
+    complete(1, score=0.4),
+    unfinished(2, "failed", "ValueError: no"),
+    complete(3, score=0.7),
+    complete(4, arch=1, score=0.4, copied_from=1),
+    unfinished(5, "pruned", "params = 9 breaks params<5"),
+    complete(6, score=0.6),
+]
+
+
+def test_one_objective_shows_every_trial_and_the_best_so_far() -> None:
+    figure = draw_search(SearchResult(SPACE, {"score": "maximize"}, MIXED))
+    assert points(figure, "trial") == [(1, 0.5), (2, 0.4), (4, 0.7), (7, 0.6)]
+    assert points(figure, "copied") == [(5, 0.4)]
+    assert line(figure, "best so far") == [(1, 0.5), (2, 0.5), (4, 0.7), (5, 0.7), (7, 0.7), (7, 0.7)]
+    assert [x for x, _ in line(figure, "failed")] == [3]
+    assert [x for x, _ in line(figure, "pruned")] == [6]
+    assert labels(figure) == {"trial", "copied", "best so far", "failed", "pruned"}
+    assert "0.7000" in {text.get_text() for text in figure.axes[0].texts}
+    assert figure.axes[0].get_ylabel() == "score (higher is better)"
+
+
+def test_a_minimised_objective_falls() -> None:
+    trials = [complete(i, latency_ms=v) for i, v in enumerate([3.0, 4.0, 2.0])]
+    figure = draw_search(SearchResult(SPACE, {"latency_ms": "minimize"}, trials))
+    assert [y for _, y in line(figure, "best so far")] == [3.0, 3.0, 2.0, 2.0]
+    assert figure.axes[0].get_ylabel() == "latency (ms)"
+
+
+@pytest.mark.parametrize(("direction", "sign"), [("maximize", 1), ("minimize", -1)])
+def test_a_hopeless_trial_is_marked_at_the_edge_and_does_not_flatten_the_others(direction: str, sign: int) -> None:
+    trials = [complete(i, score=sign * (0.9 + i / 1000)) for i in range(20)] + [complete(20, score=sign * -50.0)]
+    figure = draw_search(SearchResult(SPACE, {"score": direction}, trials))
+    assert len(points(figure, "trial")) == 20
+    ((x, y),) = points(figure, "off the scale")
+    low, high = figure.axes[0].get_ylim()
+    assert x == 21
+    assert low < y < high
+    assert high - low < 0.1
+
+
+def test_trials_stand_in_order_of_completion() -> None:
+    trials = [replace(complete(0, score=0.1), finished=1), replace(complete(1, score=0.2), finished=0)]
+    figure = draw_search(SearchResult(SPACE, {"score": "maximize"}, trials))
+    assert points(figure, "trial") == [(2, 0.1), (1, 0.2)] or points(figure, "trial") == [(1, 0.2), (2, 0.1)]
+    assert [y for _, y in line(figure, "best so far")] == [0.2, 0.2, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("cost", "shape", "front"),
+    [("minimize", "steps-post", [(1, 0.5), (2, 0.7), (4, 0.8)]), ("maximize", "steps-pre", [(4, 0.8)])],
+)
+def test_two_objectives_show_the_pareto_front(cost: str, shape: str, front: list[tuple[float, float]]) -> None:
+    values = [(0.5, 1), (0.7, 2), (0.6, 3), (0.8, 4)]
+    trials = [complete(i, score=score, cost=size) for i, (score, size) in enumerate(values)]
+    result = SearchResult(SPACE, {"score": "maximize", "cost": cost}, trials)
+    figure = draw_search(result)
+    assert points(figure, "Pareto front") == front
+    assert sorted(points(figure, "Pareto front") + points(figure, "dominated")) == [(c, s) for s, c in values]
+    (steps,) = figure.axes[0].lines
+    assert steps.get_drawstyle() == shape
+
+
+def test_a_third_objective_is_the_colour() -> None:
+    trials = [complete(i, score=i, cost=i, latency_ms=5.0 - i) for i in range(4)]
+    goals = {"score": "maximize", "cost": "minimize", "latency_ms": "minimize"}
+    figure = draw_search(SearchResult(SPACE, goals, trials))
+    (dots,) = figure.axes[0].collections
+    assert np.asarray(dots.get_array()).tolist() == [5, 4, 3, 2]
+    assert figure.axes[1].get_ylabel() == "latency (ms)"
+    assert not figure.axes[0].lines
+
+
+def test_large_numbers_are_short() -> None:
+    trials = [complete(i, val_accuracy=i / 9, params=300_000 * (i + 1)) for i in range(4)]
+    figure = draw_search(SearchResult(SPACE, {"val_accuracy": "maximize", "params": "minimize"}, trials))
+    figure.canvas.draw()
+    assert "600k" in {text.get_text() for text in figure.axes[0].get_xticklabels()}
+
+
+@pytest.mark.parametrize("goals", [["a"], ["a", "b"], ["a", "b", "c"]])
+@pytest.mark.parametrize("trials", [[], [unfinished(0, "failed", "x")]], ids=["none", "failed"])
+def test_a_search_without_results_is_drawn_too(goals: list[str], trials: list[Trial], tmp_path: Path) -> None:
+    result = SearchResult(SPACE, dict.fromkeys(goals, "maximize"), trials)
+    assert "no trial completed" in {text.get_text() for text in draw_search(result).axes[0].texts}
+    assert "No trial completed." in write_report(result, tmp_path / "page.html").read_text()
+
+
+def test_names_are_no_formulas() -> None:
+    trials = [complete(i, **{"a$b$": float(i), "$c$": float(i)}) for i in range(3)]
+    figure = draw_search(SearchResult(SPACE, {"a$b$": "maximize", "$c$": "minimize"}, trials))
+    figure.canvas.draw()
+    assert figure.axes[0].get_ylabel() == "a$b$ (higher is better)"
+
+
+def test_a_figure_shows_itself_without_pyplot_and_leaves_no_style(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # to import it is an error now
+    before = dict(matplotlib.rcParams)
+    figure: Any = draw_search(SearchResult(SPACE, {"score": "maximize"}, MIXED))
+    draw_arch(SPACE, SPACE.at(3))
+    image, size = figure._repr_png_()
+    assert image.startswith(b"\x89PNG")
+    assert size == {"width": 560, "height": 300}
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_users_own_style_does_not_show(tmp_path: Path) -> None:
+    result = SearchResult(SPACE, {"score": "maximize"}, MIXED)
+    result.plot(tmp_path / "plain.png")
+    with matplotlib.rc_context({"axes.facecolor": "black", "text.color": "white", "axes.grid": False}):
+        result.plot(tmp_path / "dark.png")
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "dark.png").read_bytes()
+
+
+# Architectures -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawn(SearchSpace):
+    """One architecture, drawn as it is told."""
+
+    edges: tuple[tuple[str, str, str], ...]
+
+    @property
+    def choices(self) -> Mapping[str, tuple[int, ...]]:
+        return {"only": (0,)}
+
+    def build(self, arch: Arch) -> nn.Module:
+        return nn.Identity()
+
+    def graph(self, arch: Arch) -> list[tuple[str, str, str]]:
+        return list(self.edges)
+
+
+def texts(figure: Figure) -> list[str]:
+    return sorted(text.get_text() for text in figure.axes[0].texts if text.get_text())
+
+
+def bends(figure: Figure) -> list[float]:
+    """How much each arrow bends, in the order of the edges."""
+    arrows = [getattr(text, "arrow_patch", None) for text in figure.axes[0].texts]
+    return [arrow.get_connectionstyle().rad for arrow in arrows if arrow is not None]
+
+
+def test_a_cell_is_drawn_without_none() -> None:
+    space = NASBench201()
+    arch = space.parse("|nor_conv_3x3~0|+|none~0|skip_connect~1|+|avg_pool_3x3~0|none~1|nor_conv_1x1~2|")
+    figure = draw_arch(space, arch)
+    expected = ["1", "2", "avg_pool_3x3", "input", "nor_conv_1x1", "nor_conv_3x3", "output", "skip_connect"]
+    assert texts(figure) == expected
+    assert len(bends(figure)) == 4
+
+
+def test_arrows_bend_around_nodes_only() -> None:
+    # e01, e02, e12, e03, e13, e23: the nodes of a full cell stand in a row, and three edges pass over one
+    straight = [bend == 0 for bend in bends(draw_arch(NASBench201(), NASBench201().at(15624)))]
+    assert straight == [True, False, True, False, False, True]
+
+
+def test_parallel_edges_bend_apart() -> None:
+    space = Drawn((("a", "b", "one"), ("a", "b", "two"), ("a", "b", ""), ("a", "b", "")))
+    assert len(set(bends(draw_arch(space, space.at(0))))) == 4
+
+
+def test_labels_do_not_lie_on_each_other() -> None:
+    space = NASBench201()
+    for index in (15624, 4444, 11718):
+        figure = draw_arch(space, space.at(index))
+        figure.canvas.draw()
+        boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+        assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+        page = figure.bbox
+        assert all(page.x0 <= b.x0 and b.x1 <= page.x1 and page.y0 <= b.y0 and b.y1 <= page.y1 for b in boxes)
+
+
+def test_a_chain_without_labels_runs_down() -> None:
+    figure = draw_arch(SPACE, SPACE.at(0))
+    places = {t.get_text(): t.get_position() for t in figure.axes[0].texts if t.get_text()}
+    assert [x for x, _ in places.values()] == [places["input"][0]] * 8
+    assert places["input"][1] > places["depth0 = 1"][1] > places["output"][1]
+
+
+@pytest.mark.parametrize(
+    ("edges", "shown"),
+    [
+        ((), ["no operations"]),
+        ((("a", "b", "x"), ("b", "a", "y")), ["a", "b", "x", "y"]),
+        ((("a", "a", "x"), ("a", "b", "$y$ & <b>")), ["$y$ & <b>", "a", "b", "x"]),
+    ],
+    ids=["empty", "cycle", "loop"],
+)
+def test_odd_graphs_are_drawn(edges: tuple[tuple[str, str, str], ...], shown: list[str]) -> None:
+    space = Drawn(edges)
+    figure = draw_arch(space, space.at(0))
+    figure.canvas.draw()
+    assert texts(figure) == shown
+
+
+def test_an_architecture_is_drawn_into_axes_that_are_given() -> None:
+    figure = Figure()
+    axes = figure.subplots(1, 2)
+    assert draw_arch(SPACE, SPACE.at(0), ax=axes[1]) is figure
+    assert not axes[0].texts
+    assert axes[1].texts
+
+
+def test_a_foreign_architecture_is_refused() -> None:
+    with pytest.raises(ArchError, match="NASBench201 needs 'e01'"):
+        draw_arch(NASBench201(), SPACE.at(0))
+
+
+# Importances -------------------------------------------------------------------------------------------------------
+
+
+def random_search(count: int, space: SearchSpace = SPACE, **metrics: Any) -> SearchResult:
+    rng = Random(0)
+    archs = list(dict.fromkeys(space.sample(rng) for _ in range(3 * count)))[:count]
+    trials = [
+        Trial(i, arch, "complete", {k: f(arch) for k, f in metrics.items()}, finished=i, seconds=0.5 * i)
+        for i, arch in enumerate(archs)
+    ]
+    return SearchResult(space, dict.fromkeys(metrics, "maximize"), trials)
+
+
+def bars(figure: Figure | None) -> dict[str, float]:
+    assert figure is not None
+    axes = figure.axes[0]
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    return dict(zip(names, (bar.get_width() for bar in axes.patches), strict=True))  # type: ignore[attr-defined]
+
+
+def test_the_decision_that_decides_is_the_most_important() -> None:
+    result = random_search(60, score=lambda arch: 10.0 * arch["width1"] + arch["depth0"])
+    shares = bars(draw_importances(result))
+    assert next(iter(shares)) == "width1"
+    assert shares["width1"] > 0.9
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares == bars(draw_importances(result))
+
+
+@pytest.mark.parametrize("count", [0, 1, 19])
+def test_few_trials_have_no_importances(count: int) -> None:
+    assert draw_importances(random_search(count, score=lambda arch: float(arch["width1"]))) is None
+
+
+def test_copies_are_not_counted_as_evidence() -> None:
+    trials = [complete(i, arch=i % 19, score=float(i % 19)) for i in range(60)]
+    assert draw_importances(SearchResult(SPACE, {"score": "maximize"}, trials)) is None
+
+
+def test_a_constant_objective_has_no_importances() -> None:
+    assert draw_importances(random_search(30, score=lambda arch: 1.0)) is None
+
+
+@dataclass(frozen=True)
+class Wide(SearchSpace):
+    """Twenty yes-or-no decisions."""
+
+    @property
+    def choices(self) -> Mapping[str, tuple[int, ...]]:
+        return {f"d{i}": (0, 1) for i in range(20)}
+
+    def build(self, arch: Arch) -> nn.Module:
+        return nn.Identity()
+
+
+def test_the_least_important_decisions_are_summed_up() -> None:
+    shares = bars(draw_importances(random_search(40, Wide(), score=lambda arch: float(arch["d3"]))))
+    assert next(iter(shares)) == "d3"
+    assert list(shares)[-1] == "5 others"
+    assert len(shares) == 16
+
+
+# The page ----------------------------------------------------------------------------------------------------------
+
+
+class Checker(HTMLParser):
+    """Reads a page strictly: every element is closed, nothing is loaded from elsewhere, no id occurs twice."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        assert len(self.ids) == len(set(self.ids))
+        assert {"script", "link", "iframe", "object"}.isdisjoint(self.tags)
+        assert not re.search(r"url\((?!#)|@import", text)
+
+    def handle_startendtag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.note(tag, attrs)
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.note(tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def note(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href"):
+                assert (value or "").startswith(("#", "data:image/png;base64,"))
+            if name == "id":
+                self.ids.append(value or "")
+
+
+def page_of(result: SearchResult, tmp_path: Path) -> Checker:
+    return Checker(write_report(result, tmp_path / "page.html").read_text())
+
+
+def cost(arch: Arch) -> int:
+    return 1000 * sum({"nor_conv_3x3": 9, "nor_conv_1x1": 1}.get(str(op), 0) for op in arch.values())
+
+
+def measure(arch: Arch) -> dict[str, float]:
+    if list(arch.values()).count("none") > 3:
+        raise RuntimeError(f"nothing left of {cost(arch)} <weights>")
+    return {"val_accuracy": 0.5 + cost(arch) / 200_000 - 0.05 * (arch["e03"] == "none"), "params": cost(arch)}
+
+
+def test_the_page_of_a_real_search(tmp_path: Path) -> None:
+    options: Any = {"objectives": "val_accuracy", "constraints": "params<4e4", "population": 8}
+    result = nb.search(NASBench201(), measure, "evolution", trials=40, seed=2, progress=False, **options)
+    page = page_of(result, tmp_path)
+    best = result.best
+    assert "The strategy 'evolution' tried " in page.text
+    assert "architectures of NASBench201 (15,625 in all), each scored by" in page.text
+    assert (
+        f"Sought: highest validation accuracy. Found: {best.metrics['val_accuracy']:.4f}, in trial {best.number}."
+        in page.text
+    )
+    assert page.tags.count("figure") == 3
+    assert page.tags.count("svg") == 3 + 1 + 1 + 1  # architectures, progress, accuracy against params, importances
+    for heading in (
+        "Best architectures",
+        "Best trials",
+        "Progress",
+        "Trade-offs",
+        "What matters",
+        "Trials",
+        "Conditions",
+    ):
+        assert heading in page.text
+    states = [t.state for t in result.trials]
+    assert f"{states.count('pruned')} pruned, {states.count('failed')} failed." in page.text
+    assert "breaks params<40000" in page.text
+    for word in ("evolution, population 8", "seed", "torch", "threads", "NASBench201, channels 16"):
+        assert word in page.text
+
+
+def test_the_page_of_a_search_with_two_objectives(tmp_path: Path) -> None:
+    options: Any = {"objectives": ["val_accuracy", "params"]}
+    result = nb.search(NASBench201(), measure, "random", trials=40, seed=0, progress=False, **options)
+    page = page_of(result, tmp_path)
+    count = len(result.pareto())
+    assert f"Found: {count} architectures that no other beats" in page.text
+    assert page.tags.count("figure") == min(6, len({result.space.canonical(t.arch) for t in result.pareto()}))
+    figures = min(6, page.tags.count("figure"))
+    assert page.tags.count("svg") == figures + 1 + 1 + 1  # progress, the front once, importances
+
+
+def test_the_best_are_distinct_in_canonical_form(tmp_path: Path) -> None:
+    space = NASBench201()
+    same = ["|none~0|+|none~0|none~1|+|{}~0|none~1|none~2|", "|skip_connect~0|+|none~0|none~1|+|none~0|{}~1|none~2|"]
+    cells = [space.parse(text.format(op)) for op in ("nor_conv_3x3", "nor_conv_1x1") for text in same]
+    trials = [Trial(i, arch, "complete", {"score": -i}, finished=i) for i, arch in enumerate(cells)]
+    page = page_of(SearchResult(space, {"score": "maximize"}, trials), tmp_path)
+    assert [n for n in range(4) if f"Trial {n}" in page.text] == [0, 2]
+
+
+def test_everything_is_escaped(tmp_path: Path) -> None:
+    bad = "<script>alert('x')</script>&\"$"
+    trials = [complete(i, **{bad: float(i), "val_accuracy": i / 30, "macs": i}) for i in range(25)]
+    trials.append(unfinished(25, "failed", f"ValueError: {bad} \udcff"))
+    conditions = {"strategy": {"name": bad}, bad: {bad: [bad]}, "objective": {"kind": "function", "function": bad}}
+    page = page_of(SearchResult(SPACE, {bad: "maximize"}, trials, conditions=conditions), tmp_path)
+    assert page.text.count(bad) > 5
+
+
+def test_reasons_that_differ_in_numbers_are_one_row(tmp_path: Path) -> None:
+    reasons = ["params = 1.5e+06 breaks params<1e6", "params = 2000000 breaks params<1e6", "macs = 3 breaks macs<1e6"]
+    trials = [unfinished(i, "pruned", reason) for i, reason in enumerate(reasons)]
+    page = page_of(SearchResult(SPACE, {"score": "maximize"}, trials), tmp_path)
+    assert "params = 1.5e+06 breaks params<1e6 (and similar)" in page.text
+    assert "2000000" not in page.text
+    assert "macs = 3 breaks macs<1e6" in page.text
+
+
+def test_the_page_says_what_copies_seconds_and_seeds_were(tmp_path: Path) -> None:
+    runs = [{"score": 0.4}, {"score": 0.6}]
+    trials = [
+        complete(0, score=0.5, seconds=30.0, runs=runs),
+        complete(1, score=0.25, seconds=7200.0),
+        complete(2, arch=0, score=0.5, seconds=0.0, copied_from=0, runs=runs),
+    ]
+    page = page_of(SearchResult(SPACE, {"score": "maximize"}, trials), tmp_path)
+    assert "3 complete (1 of them copied from an equal architecture), 0 pruned, 0 failed." in page.text
+    assert "Evaluating took 2 h 0 min in all, 60 min for the median trial, 2 h 0 min for the longest." in page.text
+    assert "0.5000 ± 0.14" in page.text  # the standard deviation of 0.4 and 0.6
+    assert "± their standard deviation" in page.text
+
+
+def test_the_same_result_gives_the_same_page_and_its_colours_follow_the_reader(tmp_path: Path) -> None:
+    result = SearchResult(SPACE, {"score": "maximize"}, MIXED)
+    text = write_report(result, tmp_path / "one.html").read_text()
+    assert text == write_report(SearchResult.from_json(result.to_json()), tmp_path / "two.html").read_text()
+    assert "prefers-color-scheme:dark" in text
+    for colour in (report.INK, report.MUTED, report.LINE, report.ACCENT, report.PAPER):
+        assert text.count(colour) == 1  # in the style sheet only
+
+
+def test_very_many_dots_become_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(report, "MANY", 5)
+    result = SearchResult(SPACE, {"score": "maximize"}, MIXED)
+    assert "data:image/png;base64," in write_report(result, tmp_path / "page.html").read_text()
+
+
+def test_the_page_lies_in_the_studys_folder(tmp_path: Path) -> None:
+    result = SearchResult(SPACE, {"score": "maximize"}, MIXED, folder=tmp_path / "study")
+    assert write_report(result) == tmp_path / "study" / "report.html"
+    assert [path.name for path in (tmp_path / "study").iterdir()] == ["report.html"]
+
+
+def test_without_a_folder_a_path_is_needed() -> None:
+    with pytest.raises(nb.SettingError, match="no folder for a report. Name a file: result.report"):
+        write_report(SearchResult(SPACE, {"score": "maximize"}, MIXED))
