@@ -49,7 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--strategy", default="evolution", help="evolution, local_search, grid, random, tpe, gp, nsga2, nsga3"
     )
-    search.add_argument("--objectives", nargs="+", metavar="METRIC", help="default: val_accuracy")
+    search.add_argument(
+        "--objectives",
+        nargs="+",
+        metavar="METRIC",
+        help="default: val_accuracy; NAME:maximize where NAME does not tell",
+    )
     search.add_argument("--constraint", action="append", default=[], metavar='"params<1e6"')
     search.add_argument("--pruner", help="median, hyperband or halving")
     search.add_argument("--trials", type=int, default=30)
@@ -100,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     _space_options(compare)
     compare.add_argument("--strategies", nargs="+", default=["evolution", "tpe"])
     compare.add_argument("--table", default="nasbench201-digits", help="a name or an .npz file")
-    compare.add_argument("--objective", default="val_accuracy")
+    compare.add_argument("--objective", default="val_accuracy", help="METRIC, or METRIC:minimize")
     compare.add_argument("--report", help="the metric to report of the choice, such as test_accuracy")
     compare.add_argument("--trials", type=int, default=300)
     compare.add_argument("--seeds", type=int, default=20)
@@ -149,6 +154,13 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def _objectives(words: Sequence[str] | None) -> dict[str, str | None] | None:
+    """Read METRIC and METRIC:DIRECTION."""
+    if words is None:
+        return None
+    return {name: direction or None for name, _, direction in (word.partition(":") for word in words)}
+
+
 def _space(options: argparse.Namespace) -> SearchSpace:
     import search_spaces
 
@@ -181,7 +193,7 @@ def _search(options: argparse.Namespace) -> None:
         _space(options),
         source,
         options.strategy,
-        objectives=options.objectives,
+        objectives=_objectives(options.objectives),
         constraints=options.constraint,
         pruner=options.pruner,
         trials=options.trials,
@@ -288,7 +300,7 @@ def _compare(options: argparse.Namespace) -> None:
         table,
         trials=options.trials,
         seeds=options.seeds,
-        objectives=options.objective,
+        objectives=_objectives([options.objective]),
         report=options.report,
     )
     print(comparison)

@@ -276,7 +276,7 @@ def compare(
     *,
     trials: int = 100,
     seeds: int | Sequence[int] = 20,
-    objectives: str | Sequence[str] | Mapping[str, str] | None = None,
+    objectives: str | Sequence[str] | Mapping[str, str | None] | None = None,
     report: str | None = None,
     study: str | None = None,
     folder: str | Path = "runs",

@@ -384,7 +384,7 @@ class Constraint:
         return f"{self.metric}{self.sign}{self.bound:g}"
 
 
-def resolve(objectives: str | Sequence[str] | Mapping[str, str] | None, objective: Objective) -> dict[str, str]:
+def resolve(objectives: str | Sequence[str] | Mapping[str, str | None] | None, objective: Objective) -> dict[str, str]:
     """Return {metric: direction} for what a user asked to optimise.
 
     Raises:

@@ -47,7 +47,7 @@ def search(
     data: Data | Table | Callable[[Arch], Mapping[str, float]] | Objective,
     strategy: str | Strategy | OptunaStrategy | BaseSampler = "evolution",
     *,
-    objectives: str | Sequence[str] | Mapping[str, str] | None = None,
+    objectives: str | Sequence[str] | Mapping[str, str | None] | None = None,
     trials: int = 30,
     timeout: float | None = None,
     constraints: str | Sequence[str] = (),
@@ -74,7 +74,8 @@ def search(
             architecture to a mapping of metrics; or an `Objective`.
         strategy: a name ("evolution", "local_search", "grid", "random", "tpe", "gp", "nsga2", "nsga3"), a strategy, or
             an Optuna sampler (used as it is: only named strategies resume exactly).
-        objectives: metrics to optimise. A name whose better direction is known, several, or {name: "maximize"}.
+        objectives: metrics to optimise. A name whose better direction is known, several, or {name: "maximize"}; a
+            direction of None is one that the name tells.
             Default with data or a table: "val_accuracy".
         trials: how many finished trials the study is to have in all.
         timeout: seconds after which to stop; the running trial continues in the next call.

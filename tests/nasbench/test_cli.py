@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,8 +145,8 @@ def test_a_search_in_a_table(table: Path, tmp_path: Path, capsys: pytest.Capture
     assert list(tmp_path.iterdir()) == []
     more = ["--objectives", "val_accuracy", "val_loss", "--strategy", "nsga2", "--set", "population_size=4"]
     out = said(capsys, "search", "--table", str(table), "--trials", "20", *more)
-    assert out.startswith("1 architectures that no other beats in val_accuracy and val_loss:\n  trial ")
-    assert "val_accuracy 0.9" in out
+    assert re.match(r"1 architectures? that no other beats in val_accuracy and val_loss:\n  trial \d+: val_acc", out)
+    assert len(out.splitlines()) == 2
 
 
 def test_a_kept_search_in_a_table_has_no_model(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
