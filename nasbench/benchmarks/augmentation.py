@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nasbench.benchmarks.common import record
-from nasbench.data import Array, Data, from_arrays, load
+from nasbench.data import Data, from_arrays, load
+from nasbench.splits import Array
 
 IMAGES, BATCH, SIDE = 50_000, 128, 16
 

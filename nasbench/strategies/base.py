@@ -92,23 +92,22 @@ class History(Sequence[PastTrial]):
 class Strategy(ABC):
     """A black-box strategy: a frozen dataclass of settings with one method, `propose`.
 
-        It sees the finished trials and nothing else: no loader, file or clock. All that passes from one proposal to the
-        next is the history, so an interrupted study continues exactly as if it had never stopped.
+    It sees the finished trials and nothing else: no loader, file or clock. All that passes from one proposal to the
+    next is the history, so an interrupted study continues exactly as if it had never stopped.
 
-        Example:
-            >>> from dataclasses import dataclass
-    from itertools import chain, count
-            >>> @dataclass(frozen=True)
-            ... class MutateBest(Strategy):
-            ...     def propose(self, space, history, rng):
-            ...         if not history:
-            ...             return space.sample(rng)
-            ...         return space.mutate(max(history, key=lambda trial: trial.score).arch, rng)
-            >>> from search_spaces import NASBench201
-            >>> study = optuna.create_study(sampler=MutateBest().sampler(NASBench201(), seed=0))
-            >>> trial = study.ask(distributions(NASBench201()))
-            >>> Arch(trial.params) in NASBench201()
-            True
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class MutateBest(Strategy):
+        ...     def propose(self, space, history, rng):
+        ...         if not history:
+        ...             return space.sample(rng)
+        ...         return space.mutate(max(history, key=lambda trial: trial.score).arch, rng)
+        >>> from search_spaces import NASBench201
+        >>> study = optuna.create_study(sampler=MutateBest().sampler(NASBench201(), seed=0))
+        >>> trial = study.ask(distributions(NASBench201()))
+        >>> Arch(trial.params) in NASBench201()
+        True
     """
 
     many_objectives: ClassVar[bool] = False
