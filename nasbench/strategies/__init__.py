@@ -59,7 +59,8 @@ def make(name: str, **settings: Any) -> Strategy | OptunaStrategy:
     if isinstance(kind, type):
         known = inspect.signature(kind).parameters
         if unknown := sorted(settings.keys() - known):
-            raise SettingError(f"strategy {name!r} has no setting {unknown[0]!r}; {nearest(unknown[0], known)}")
+            choices = nearest(unknown[0], known) if known else "it has none."
+            raise SettingError(f"strategy {name!r} has no setting {unknown[0]!r}; {choices}")
     return kind(**settings)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from random import Random
+from threading import Lock
 from typing import Any, ClassVar, overload
 
 import optuna
@@ -58,7 +59,7 @@ class PastTrial:
 class History(Sequence[PastTrial]):
     """The finished trials in order of completion, append-only; `pending` are the architectures now being evaluated.
 
-    `tried` holds every architecture that was finished, for quick membership tests.
+    `tried` holds the architecture of every trial that was finished or pruned, for quick membership tests.
 
     Example:
         >>> history = History([PastTrial(0, Arch({"a": 1}), (0.5,)), PastTrial(1, Arch({"a": 2}), (0.7,))])
@@ -142,9 +143,9 @@ def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
 
 def arch_of(trial: FrozenTrial, space: SearchSpace) -> Arch | None:
     """Return the architecture a trial stands for, or None if its parameters are not (yet) all there."""
-    if trial.params.keys() < space.choices.keys():
+    if not space.choices.keys() <= trial.params.keys():
         return None
-    return Arch({decision: trial.params.get(decision) for decision in space.choices})
+    return Arch({decision: trial.params[decision] for decision in space.choices})
 
 
 class Ledger:
@@ -158,17 +159,17 @@ class Ledger:
         """Return the trials finished since the last read, in order of completion, and those still running."""
         fresh = self._fetch(study)
         running = [t for t in fresh if not t.state.is_finished()]
-        self._seen = max((t.number + 1 for t in fresh), default=self._seen)
+        self._seen = max([self._seen, *(t.number + 1 for t in fresh)])
         self._open = [t.number for t in running]
         done = [t for t in fresh if t.state.is_finished()]
         done.sort(key=lambda t: (t.datetime_complete, t.number))
-        return done, running
+        return done, [t for t in running if t.state == TrialState.RUNNING]
 
     def _fetch(self, study: optuna.Study) -> list[FrozenTrial]:
         """Return the trials that were running at the last read, and those that are new."""
         storage = study._storage
         if not isinstance(storage, InMemoryStorage):
-            trials = study.get_trials(deepcopy=False)
+            trials = storage.get_all_trials(study._study_id, deepcopy=False)  # all, where Hyperband shows a bracket
             return [trials[i] for i in (*self._open, *range(self._seen, len(trials)))]
         # A list of all trials, however shallow, would make each read dearer than the last.
         fetched = []
@@ -192,6 +193,7 @@ class HistorySampler(BaseSampler):
         self._distributions = distributions(space)
         self._ledger = Ledger()
         self._history = History()
+        self._lock = Lock()
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the whole space: an architecture is proposed at once."""
@@ -201,14 +203,15 @@ class HistorySampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Option]:
         """Ask the strategy for an architecture."""
-        history = self._read(study, trial)
-        proposal = self.strategy.propose(self.space, history, Random(f"{self.seed}/{trial.number}"))
+        with self._lock:  # threads of one study share the history
+            history = self._read(study, trial)
+            proposal = self.strategy.propose(self.space, history, Random(f"{self.seed}/{trial.number}"))
         if isinstance(proposal, Arch):
             proposal = Proposal(proposal)
         if proposal.parent is not None or proposal.note is not None:
             remembered = {"parent": proposal.parent, "note": proposal.note}
-            json.dumps(remembered)  # a note that is no JSON must fail here, not when the study is read again
-            study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, remembered)
+            as_read = json.loads(json.dumps(remembered))  # the same in memory as from a file; no JSON fails here
+            study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, as_read)
         return dict(proposal.arch)
 
     def sample_independent(
@@ -236,6 +239,8 @@ class HistorySampler(BaseSampler):
             if trial.state == TrialState.COMPLETE and arch is not None:
                 scores = tuple(sign * value for sign, value in zip(signs, trial.values, strict=True))
                 self._history.append(PastTrial(trial.number, arch, scores, **trial.system_attrs.get(PROPOSAL, {})))
+            elif trial.state == TrialState.PRUNED and arch is not None:
+                self._history.tried.add(arch)
         pending = (arch_of(t, self.space) for t in running if t.number != current.number)
         self._history.pending = [arch for arch in pending if arch is not None]
         return self._history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
@@ -43,9 +44,10 @@ class RegularizedEvolution(Strategy):
     crossover: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.sample <= self.population:
+        whole = all(type(n) is int for n in (self.sample, self.population))
+        if not whole or not 1 <= self.sample <= self.population:
             raise SettingError(
-                f"RegularizedEvolution draws sample={self.sample} of population={self.population} members. "
+                f"RegularizedEvolution draws sample={self.sample!r} of population={self.population!r} members. "
                 "Choose 1 <= sample <= population."
             )
         if not 0 <= self.crossover <= 1:
@@ -90,7 +92,7 @@ class LocalSearch(Strategy):
 
     def propose(self, space: SearchSpace, history: History, rng: Random) -> Arch:
         """Replay the climb from the history, then take its next step."""
-        tried = set[Arch]()
+        tried = history.tried.difference(trial.arch for trial in history)  # refused by a constraint or a pruner
         score, untried = float("-inf"), set[Arch]()
         for trial in history:
             tried.add(trial.arch)
@@ -127,7 +129,24 @@ class Grid(Strategy):
         )
 
 
+class _Classes:
+    """One valid architecture for each canonical class of a space, found as they are asked for."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self._found: list[Arch] = []
+        self._rest = (arch for arch in space.archs() if space.canonical(arch) == arch)
+
+    def __iter__(self) -> Iterator[Arch]:
+        yield from self._found
+        for arch in self._rest:
+            self._found.append(arch)
+            yield arch
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 @lru_cache(maxsize=8)
-def canonical_archs(space: SearchSpace) -> tuple[Arch, ...]:
+def canonical_archs(space: SearchSpace) -> _Classes:
     """Return one valid architecture for each canonical class of the space, in the order of `space.index`."""
-    return tuple(arch for arch in space.archs() if space.canonical(arch) == arch)
+    return _Classes(space)

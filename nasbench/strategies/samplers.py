@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +30,10 @@ UNFIT = {
     "qmc": "quasi-random sequences need numbers and would silently draw at random",
     "bruteforce": "it stops Optuna's own loop, which is not used here; the strategy 'grid' tries everything once",
 }
+
+
+_PARAMS = "nasbench:params"
+"""The trial attribute that keeps a sample until all its parameters are set."""
 
 
 class OptunaStrategy:
@@ -62,6 +67,13 @@ class OptunaStrategy:
         known = set(inspect.signature(self._kind).parameters) - {"seed"}
         if unknown := sorted(options.keys() - known):
             raise SettingError(f"{_SAMPLERS[name]} has no option {unknown[0]!r}; {nearest(unknown[0], known)}")
+        try:
+            json.dumps(options)
+        except TypeError:
+            raise SettingError(
+                f"the options {options} cannot be kept with a study: give numbers and strings, or make the sampler "
+                "yourself and pass it as the strategy."
+            ) from None
         try:
             self._make(0)
         except (TypeError, ValueError) as error:
@@ -108,12 +120,16 @@ class ReseededSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Sample everything now: a trial that died half-sampled is then sampled again with the same result."""
+        if _PARAMS in trial.system_attrs:
+            return dict(trial.system_attrs[_PARAMS])
         inner = self._of(trial)
         params = inner.sample_relative(study, trial, inner.infer_relative_search_space(study, trial))
         for name, distribution in self._distributions.items():
             if name not in params:
                 params[name] = inner.sample_independent(study, trial, name, distribution)
-        return {name: params[name] for name in self._distributions}
+        params = {name: params[name] for name in self._distributions}
+        study._storage.set_trial_system_attr(trial._trial_id, _PARAMS, params)
+        return params
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -99,7 +99,7 @@ def test_a_hopeless_trial_is_marked_at_the_edge_and_does_not_flatten_the_others(
 def test_trials_stand_in_order_of_completion() -> None:
     trials = [replace(complete(0, score=0.1), finished=1), replace(complete(1, score=0.2), finished=0)]
     figure = draw_search(SearchResult(SPACE, {"score": "maximize"}, trials))
-    assert points(figure, "trial") == [(2, 0.1), (1, 0.2)] or points(figure, "trial") == [(1, 0.2), (2, 0.1)]
+    assert sorted(points(figure, "trial")) == [(1, 0.2), (2, 0.1)]
     assert [y for _, y in line(figure, "best so far")] == [0.2, 0.2, 0.2]
 
 
@@ -137,10 +137,9 @@ def test_large_numbers_are_short() -> None:
 
 @pytest.mark.parametrize("goals", [["a"], ["a", "b"], ["a", "b", "c"]])
 @pytest.mark.parametrize("trials", [[], [unfinished(0, "failed", "x")]], ids=["none", "failed"])
-def test_a_search_without_results_is_drawn_too(goals: list[str], trials: list[Trial], tmp_path: Path) -> None:
-    result = SearchResult(SPACE, dict.fromkeys(goals, "maximize"), trials)
-    assert "no trial completed" in {text.get_text() for text in draw_search(result).axes[0].texts}
-    assert "No trial completed." in write_report(result, tmp_path / "page.html").read_text()
+def test_a_search_without_results_is_drawn_too(goals: list[str], trials: list[Trial]) -> None:
+    figure = draw_search(SearchResult(SPACE, dict.fromkeys(goals, "maximize"), trials))
+    assert "no trial completed" in {text.get_text() for text in figure.axes[0].texts}
 
 
 def test_names_are_no_formulas() -> None:
@@ -382,39 +381,30 @@ def cost(arch: Arch) -> int:
 
 
 def measure(arch: Arch) -> dict[str, float]:
-    if list(arch.values()).count("none") > 3:
+    if list(arch.values()).count("none") > 2:
         raise RuntimeError(f"nothing left of {cost(arch)} <weights>")
     return {"val_accuracy": 0.5 + cost(arch) / 200_000 - 0.05 * (arch["e03"] == "none"), "params": cost(arch)}
 
 
 def test_the_page_of_a_real_search(tmp_path: Path) -> None:
-    options: Any = {"objectives": "val_accuracy", "constraints": "params<4e4", "population": 8}
+    options: Any = {"objectives": "val_accuracy", "constraints": "params<2e4", "population": 8}
     result = nb.search(NASBench201(), measure, "evolution", trials=40, seed=2, progress=False, **options)
     page = page_of(result, tmp_path)
     best = result.best
     assert "The strategy 'evolution' tried " in page.text
     assert "architectures of NASBench201 (15,625 in all), each scored by" in page.text
-    assert (
-        f"Sought: highest validation accuracy. Found: {best.metrics['val_accuracy']:.4f}, in trial {best.number}."
-        in page.text
-    )
+    found = f"Found: {best.metrics['val_accuracy']:.4f}, in trial {best.number}."
+    assert f"Sought: highest validation accuracy. {found}" in page.text
     assert page.tags.count("figure") == 3
     assert page.tags.count("svg") == 3 + 1 + 1 + 1  # architectures, progress, accuracy against params, importances
-    for heading in (
-        "Best architectures",
-        "Best trials",
-        "Progress",
-        "Trade-offs",
-        "What matters",
-        "Trials",
-        "Conditions",
-    ):
-        assert heading in page.text
+    headings = ["Best architectures", "Best trials", "Progress", "Trade-offs", "What matters", "Trials", "Conditions"]
+    assert [heading for heading in headings if heading not in page.text] == []
     states = [t.state for t in result.trials]
     assert f"{states.count('pruned')} pruned, {states.count('failed')} failed." in page.text
-    assert "breaks params<40000" in page.text
-    for word in ("evolution, population 8", "seed", "torch", "threads", "NASBench201, channels 16"):
-        assert word in page.text
+    assert "breaks params<20000" in page.text
+    assert "RuntimeError: nothing left of " in page.text
+    words = ["evolution, population 8", "seed", "torch", "threads", "NASBench201, channels 16"]
+    assert [word for word in words if word not in page.text] == []
 
 
 def test_the_page_of_a_search_with_two_objectives(tmp_path: Path) -> None:
@@ -424,8 +414,7 @@ def test_the_page_of_a_search_with_two_objectives(tmp_path: Path) -> None:
     count = len(result.pareto())
     assert f"Found: {count} architectures that no other beats" in page.text
     assert page.tags.count("figure") == min(6, len({result.space.canonical(t.arch) for t in result.pareto()}))
-    figures = min(6, page.tags.count("figure"))
-    assert page.tags.count("svg") == figures + 1 + 1 + 1  # progress, the front once, importances
+    assert page.tags.count("svg") == page.tags.count("figure") + 1 + 1 + 1  # progress, the front once, importances
 
 
 def test_the_best_are_distinct_in_canonical_form(tmp_path: Path) -> None:
@@ -476,6 +465,14 @@ def test_the_same_result_gives_the_same_page_and_its_colours_follow_the_reader(t
     assert "prefers-color-scheme:dark" in text
     for colour in (report.INK, report.MUTED, report.LINE, report.ACCENT, report.PAPER):
         assert text.count(colour) == 1  # in the style sheet only
+
+
+def test_a_search_without_results_has_a_page_too(tmp_path: Path) -> None:
+    page = page_of(SearchResult(SPACE, {"a": "maximize", "b": "minimize"}, []), tmp_path)
+    assert (
+        "The search tried 0 architectures of ResNet (729 in all). Sought: highest a and lowest b. No trial" in page.text
+    )
+    assert page.tags.count("svg") == 1
 
 
 def test_very_many_dots_become_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
