@@ -163,9 +163,9 @@ class Comparison:
         Args:
             path: also save it there, as PNG, PDF or SVG by its ending.
         """
-        from matplotlib.figure import Figure
+        from nasbench.drawing import new_figure
 
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        figure = new_figure(10, 4.2, layout="constrained")
         left, right = figure.subplots(1, 2)
         self._draw_curves(left, self.curves, f"best {self.objective} so far")
         if self.reports is not None and not np.isnan(self.reports).any():

@@ -196,7 +196,7 @@ class SearchResult:
         Args:
             path: also save it there, as PNG, PDF or SVG by its ending.
         """
-        from nasbench.report import draw_search
+        from nasbench.drawing import draw_search
 
         figure = draw_search(self)
         if path is not None:

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import nasbench as nb
-from nasbench import report
-from nasbench.report import draw_arch, draw_importances, draw_search, write_report
+from nasbench import drawing
+from nasbench.drawing import draw_arch, draw_importances, draw_search
+from nasbench.report import write_report
 from nasbench.result import SearchResult, Trial
 from search_spaces import Arch, ArchError, NASBench201, ResNet, SearchSpace
 
@@ -463,7 +464,7 @@ def test_the_same_result_gives_the_same_page_and_its_colours_follow_the_reader(t
     text = write_report(result, tmp_path / "one.html").read_text()
     assert text == write_report(SearchResult.from_json(result.to_json()), tmp_path / "two.html").read_text()
     assert "prefers-color-scheme:dark" in text
-    for colour in (report.INK, report.MUTED, report.LINE, report.ACCENT, report.PAPER):
+    for colour in (drawing.INK, drawing.MUTED, drawing.LINE, drawing.ACCENT, drawing.PAPER):
         assert text.count(colour) == 1  # in the style sheet only
 
 
@@ -476,7 +477,7 @@ def test_a_search_without_results_has_a_page_too(tmp_path: Path) -> None:
 
 
 def test_very_many_dots_become_a_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(report, "MANY", 5)
+    monkeypatch.setattr(drawing, "MANY", 5)
     result = SearchResult(SPACE, {"score": "maximize"}, MIXED)
     assert "data:image/png;base64," in write_report(result, tmp_path / "page.html").read_text()
 
