@@ -273,6 +273,7 @@ p{margin:.5rem 0}
 section p,figcaption{color:var(--muted);font-size:.9rem}
 svg{max-width:100%;height:auto;display:block}
 svg text{font-family:system-ui,sans-serif!important}
+@media(max-width:34rem){section>svg text{font-size:9.6px!important}}
 .row{display:flex;flex-wrap:wrap;gap:1.5rem}
 figure{margin:0;max-width:100%}
 figcaption b{color:var(--ink)}
