@@ -136,7 +136,7 @@ def draw_progress(result: SearchResult, name: str) -> Figure:
 
     figure = new_figure(5.6, 3.0, layout="constrained")
     axes = figure.subplots()
-    sign = result._sign(name)
+    sign = result.sign(name)
     done = sorted(result.trials, key=lambda t: (t.finished, t.number))
     place = {t.number: i for i, t in enumerate(done, start=1)}
     complete = [t for t in done if t.state == "complete"]
@@ -207,7 +207,7 @@ def draw_front(result: SearchResult, names: Sequence[str]) -> Figure:
         axes.text(0.5, 0.5, "no trial completed", transform=axes.transAxes, ha="center", color=MUTED)
     elif len(names) == 2:
         # Towards the right more is given up, or less: the front holds up to the next point, or from the one before.
-        axes.step(x, y, where="post" if result._sign(right) < 0 else "pre", color=ACCENT, lw=1.4, alpha=0.6)
+        axes.step(x, y, where="post" if result.sign(right) < 0 else "pre", color=ACCENT, lw=1.4, alpha=0.6)
         axes.scatter(x, y, s=30, color=ACCENT, linewidths=0, zorder=3, label="Pareto front")
     else:
         values = [t.metrics[names[2]] for t in front]
@@ -215,9 +215,9 @@ def draw_front(result: SearchResult, names: Sequence[str]) -> Figure:
         dots = axes.scatter(x, y, s=36, c=values, cmap=seen_by_day_and_night, zorder=3, label="Pareto front")
         bar = figure.colorbar(dots, ax=axes, pad=0.02, aspect=30)
         bar.outline.set_visible(False)
-        _name_axis(bar.ax.yaxis, names[2], result._sign(names[2]))
-    _name_axis(axes.xaxis, right, result._sign(right))
-    _name_axis(axes.yaxis, up, result._sign(up))
+        _name_axis(bar.ax.yaxis, names[2], result.sign(names[2]))
+    _name_axis(axes.xaxis, right, result.sign(right))
+    _name_axis(axes.yaxis, up, result.sign(up))
     axes.margins(0.06)
     if front:
         figure.legend(loc="outside upper left", ncols=2, handletextpad=0.2, columnspacing=1.4)

@@ -140,7 +140,7 @@ class SearchResult:
             reasons = {t.reason for t in self.trials if t.reason}
             raise StudyError(f"no trial completed. {'They said: ' + '; '.join(sorted(reasons)) if reasons else ''}")
         (name,) = self.objectives
-        return max(self.complete, key=lambda t: (self._sign(name) * t.metrics[name], -t.number))
+        return max(self.complete, key=lambda t: (self.sign(name) * t.metrics[name], -t.number))
 
     def pareto(self, *metrics: str) -> list[Trial]:
         """Return the complete trials that no other beats in all of these metrics (default: the objectives).
@@ -154,12 +154,17 @@ class SearchResult:
         for name in names:
             if trials and name not in measured:
                 raise SettingError(f"metric {name!r} was not measured; {nearest(name, measured)}")
-        signs = [self._sign(name) for name in names]
+        signs = [self.sign(name) for name in names]
         trials = [t for t in trials if all(name in t.metrics for name in names)]
         scores = [[s * t.metrics[n] for s, n in zip(signs, names, strict=True)] for t in trials]
         return [trials[i] for i in front(scores)]
 
-    def _sign(self, name: str) -> float:
+    def sign(self, name: str) -> float:
+        """Return 1.0 if more of a metric is better, -1.0 if less is.
+
+        Raises:
+            SettingError: neither the objectives nor the metric's name tell.
+        """
         direction = self.objectives.get(name) or DIRECTIONS.get(name)
         if direction is None:
             raise SettingError(
