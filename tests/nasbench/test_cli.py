@@ -147,6 +147,8 @@ def test_a_search_in_a_table(table: Path, tmp_path: Path, capsys: pytest.Capture
     out = said(capsys, "search", "--table", str(table), "--trials", "20", *more)
     assert re.match(r"1 architectures? that no other beats in val_accuracy and val_loss:\n  trial \d+: val_acc", out)
     assert len(out.splitlines()) == 2
+    out = said(capsys, "search", "--table", str(table), "--trials", "5", "--objectives", "error_rate:minimize")
+    assert re.search(r"best of 5: trial \d+\n.*\n  error_rate 0\.\d+$", out.strip())
 
 
 def test_a_kept_search_in_a_table_has_no_model(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,6 +218,7 @@ def test_a_table_is_shown(table: Path, capsys: pytest.CaptureFixture[str]) -> No
         ("table show TABLE --arch |conv~0|", "ArchError: "),
         ("search --table TABLE --epochs 3", "SettingError: 'epochs' is about training, but nothing is trained"),
         ("search --table TABLE --objectives error_rate", "SettingError: is more 'error_rate' better?"),
+        ("search --table TABLE --objectives error_rate:up", "SettingError: objective 'error_rate' has direction 'up'"),
         ("search --table TABLE --space resnet", "TableError: this is a table of NASBench201, asked about ResNet"),
     ],
 )
