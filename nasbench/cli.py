@@ -183,7 +183,9 @@ def _search(options: argparse.Namespace) -> None:
     settings = _settings(options.set)
     if options.table is None:
         source: Any = _data(options)
-        settings["epochs"] = options.epochs or settings.get("epochs", 4)
+        if options.epochs is not None:
+            settings["epochs"] = options.epochs
+        settings.setdefault("epochs", 4)
         settings.setdefault("batch_size", 64)
     else:
         source = nb.Table.load(options.table)
@@ -215,6 +217,7 @@ def _tell(result: SearchResult, source: Any) -> None:
     """Print what a search found, and where it lies."""
     import nasbench as nb
     from nasbench.data import Data
+    from nasbench.objective import WEIGHTS
 
     if len(result.objectives) > 1:
         print(f"{len(result.pareto())} architectures that no other beats in {' and '.join(result.objectives)}:")
@@ -228,7 +231,9 @@ def _tell(result: SearchResult, source: Any) -> None:
             print(f"  on test images, read this once: {_figures(tested)}")
         if result.folder is not None:
             number = best.number if best.copied_from is None else best.copied_from
-            print(f"model:  {result.folder / 'trials' / str(number) / 'weights.safetensors'}")
+            weights = result.folder / "trials" / str(number) / WEIGHTS
+            if weights.exists():
+                print(f"model:  {weights}")
     if result.folder is not None:
         print(f"report: {result.folder / 'report.html'}\nplot:   {result.folder / 'search.png'}")
         print(f"study:  {result.folder}  (run again with --study {result.folder.name} to go on)")

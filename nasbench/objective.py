@@ -365,7 +365,10 @@ class Constraint:
         """
         match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([^\s<>=]+)\s*", text) if isinstance(text, str) else None
         try:
-            return cls(match[1], match[2], float(match[3]))  # type: ignore[index]
+            constraint = cls(match[1], match[2], float(match[3]))  # type: ignore[index]
+            if math.isnan(constraint.bound):
+                raise ValueError(text)
+            return constraint
         except (TypeError, ValueError):
             raise SettingError(
                 f'{text!r} is no constraint. Write a metric, a sign and a number: "params<1e6".'
@@ -381,7 +384,7 @@ class Constraint:
         }[self.sign]
 
     def __str__(self) -> str:
-        return f"{self.metric}{self.sign}{self.bound:g}"
+        return f"{self.metric}{self.sign}{self.bound!r}".removesuffix(".0")
 
 
 def resolve(objectives: str | Sequence[str] | Mapping[str, str | None] | None, objective: Objective) -> dict[str, str]:

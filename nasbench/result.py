@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
+RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class Trial:
                 complete, or was trained on another host.
         """
         assert self.space is not None
-        model = self.space.build(self.space.canonical(self.arch))
+        canonical = self.space.canonical(self.arch)
         if not weights:
-            return model
+            return self.space.build(canonical)
         advice = "Use build(weights=False) and nasbench.fit(model, data)."
         if self.state != "complete":
             raise WeightsError(
@@ -86,6 +87,7 @@ class Trial:
             )
         from safetensors.torch import load_file
 
+        model = self.space.build(canonical)
         try:
             model.load_state_dict(load_file(path))
         except Exception as error:
@@ -140,7 +142,7 @@ class SearchResult:
             reasons = {t.reason for t in self.trials if t.reason}
             raise StudyError(f"no trial completed. {'They said: ' + '; '.join(sorted(reasons)) if reasons else ''}")
         (name,) = self.objectives
-        return max(self.complete, key=lambda t: (self.sign(name) * t.metrics[name], -t.number))
+        return max(self.complete, key=lambda t: (self.sign(name) * t.metrics[name], -t.finished))
 
     def pareto(self, *metrics: str) -> list[Trial]:
         """Return the complete trials that no other beats in all of these metrics (default: the objectives).
@@ -252,15 +254,20 @@ class SearchResult:
         return path
 
     @classmethod
-    def from_json(cls, text: str, space: SearchSpace | None = None) -> SearchResult:
+    def from_json(
+        cls, text: str, space: SearchSpace | None = None, *, folder: str | Path | None = None
+    ) -> SearchResult:
         """Read what `to_json` wrote. A space of your own must be given; no import path is read from the text.
+
+        Args:
+            folder: where the study lies now, if it was moved.
 
         Raises:
             StudyError: the text is no result, is of a newer format, or belongs to another space than the one given.
         """
         try:
             entry = json.loads(text)
-            settings = dict(entry["space"])
+            settings = {**entry["space"]}
             if entry["format"] > FORMAT:
                 raise StudyError(
                     f"the result has format {entry['format']}, this version reads up to {FORMAT}. Update nasbench."
@@ -271,11 +278,12 @@ class SearchResult:
                 raise StudyError(
                     f"the result belongs to {settings}, not to {space!r}. Give the space it was searched in."
                 )
-            folder = Path(entry["folder"]) if entry["folder"] else None
+            home = Path(folder or entry["folder"]) if entry["folder"] else None
             trials = [
-                Trial(**{**t, "arch": space.check(t["arch"])}, space=space, folder=folder) for t in entry["trials"]
+                Trial(**{**t, "arch": space.check(t["arch"]), "runs": tuple(t["runs"])}, space=space, folder=home)
+                for t in entry["trials"]
             ]
-            return cls(space, entry["objectives"], trials, folder=folder, conditions=entry["conditions"])
+            return cls(space, entry["objectives"], trials, folder=home, conditions=entry["conditions"])
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise StudyError(
                 f"this is no saved search result ({type(error).__name__}: {error}). Write one with save()."
@@ -283,14 +291,14 @@ class SearchResult:
 
     @classmethod
     def load(cls, path: str | Path, space: SearchSpace | None = None) -> SearchResult:
-        """Read a file that `save` wrote."""
+        """Read a file that `save` wrote. A study's own result.json names the folder it lies in, also after a move."""
         try:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise StudyError(
                 f"cannot read a search result from {path}: {error}. Name a file that save() wrote."
             ) from None
-        return cls.from_json(text, space)
+        return cls.from_json(text, space, folder=Path(path).parent if Path(path).name == RESULT else None)
 
     def __repr__(self) -> str:
         states = [t.state for t in self.trials]
@@ -325,7 +333,7 @@ def collect(
                 arch=arch,
                 state=states[t.state],
                 metrics=attrs.get("metrics", {}) if t.state == TrialState.COMPLETE else {},
-                runs=attrs.get("runs", ()),
+                runs=tuple(attrs.get("runs", ())),
                 seconds=attrs.get("seconds"),
                 reason=attrs.get("violation") or attrs.get("reason") or attrs.get("error"),
                 copied_from=attrs.get("copied_from"),

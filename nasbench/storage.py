@@ -117,6 +117,11 @@ def _open_stored(
                     f"study {name!r} in this storage was not written by nasbench. Choose another name, or pass the "
                     "study itself: study=optuna.load_study(...)."
                 )
+            own = [d.name.lower() for d in opened.directions]
+            if own != directions:
+                raise ResumeError(
+                    f"study {name!r} has directions {own}, the objectives need {directions}. Choose a new study name."
+                )
             opened.set_user_attr(CONDITIONS, conditions)
             return opened
     except StudyError:

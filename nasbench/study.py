@@ -25,7 +25,7 @@ from nasbench.data import Data
 from nasbench.errors import SettingError, StudyError
 from nasbench.objective import Constraint, FunctionObjective, Objective, TableObjective, TrainObjective, resolve
 from nasbench.recipe import Recipe
-from nasbench.result import SearchResult, collect
+from nasbench.result import RESULT, SearchResult, collect
 from nasbench.storage import environment, open_study, quiet, stored_conditions, study_folder
 from nasbench.strategies import OptunaStrategy, Strategy
 from nasbench.worker import Worker
@@ -51,7 +51,7 @@ def search(
     trials: int = 30,
     timeout: float | None = None,
     constraints: str | Sequence[str] = (),
-    metrics: Sequence[str] = (),
+    metrics: str | Sequence[str] = (),
     pruner: str | BasePruner | None = None,
     study: str | optuna.Study | None = None,
     storage: str | BaseStorage | None = None,
@@ -108,7 +108,8 @@ def search(
         >>> len(result.trials)
         3
     """
-    _check_budget(trials, timeout, workers)
+    _check_budget(trials, timeout, workers, seed)
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     recipe_changes = {k: v for k, v in settings.items() if k in _RECIPE}
     strategy = _strategy(strategy, {k: v for k, v in settings.items() if k not in _RECIPE})
     space, objective = _objective(space, data, recipe, recipe_changes, seed, device)
@@ -171,7 +172,7 @@ def search(
     if dist.is_initialized():
         dist.broadcast_object_list([result.to_json()])
     if home is not None:
-        result.save(home / "result.json")
+        result.save(home / RESULT)
         if result.complete:
             result.report()
             result.plot(home / "search.png")
@@ -183,7 +184,9 @@ def search(
 # From names to objects ---------------------------------------------------------------------------------------------
 
 
-def _check_budget(trials: int, timeout: float | None, workers: int) -> None:
+def _check_budget(trials: int, timeout: float | None, workers: int, seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise SettingError(f"seed={seed!r}: a seed is a whole number, 0 or more.")
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise SettingError(f"trials={trials!r}: a search needs a whole number of trials, at least 1.")
     if timeout is not None and not timeout > 0:
@@ -196,6 +199,12 @@ def _strategy(
     strategy: str | Strategy | OptunaStrategy | BaseSampler, settings: Mapping[str, Any]
 ) -> Strategy | OptunaStrategy | BaseSampler:
     if isinstance(strategy, str):
+        own = strategies.settings_of(strategy)
+        if unknown := sorted(settings.keys() - own):
+            raise SettingError(
+                f"neither training nor the strategy {strategy!r} has a setting {unknown[0]!r}; "
+                f"{nearest(unknown[0], own | _RECIPE)}"
+            )
         return strategies.make(strategy, **settings)
     if settings:
         raise SettingError(
@@ -212,6 +221,8 @@ def _objective(
 ) -> tuple[SearchSpace, Objective]:
     if not isinstance(space, SearchSpace):
         raise SettingError(f"space is {space!r:.80}, not a SearchSpace. Try search_spaces.NASBench201().")
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise SettingError(f"recipe is {type(recipe).__name__} {recipe!r:.60}: give a nasbench.Recipe.")
     if hasattr(space, "objective"):
         return space, space.objective(data, recipe=recipe, seed=seed, device=device, **changes)
     if isinstance(data, Data):
@@ -260,6 +271,8 @@ def _check_combination(strategy: Any, directions: Mapping[str, str], pruner: Any
         raise SettingError(
             "a pruner compares validation accuracies between epochs: it needs data and objectives='val_accuracy'."
         )
+    if not isinstance(pruner, str | BasePruner):
+        raise SettingError(f"pruner is {pruner!r:.60}: give a name or an Optuna pruner. {nearest('', _PRUNERS)}")
     if isinstance(pruner, str) and pruner not in _PRUNERS:
         raise SettingError(f"no pruner is called {pruner!r}; {nearest(pruner, _PRUNERS)}")
 
@@ -306,9 +319,11 @@ def join(
     """
     conditions = stored_conditions(study, storage, folder)
     objective = conditions["objective"]
-    if objective["kind"] != "train" or not objective["data"]["load"]:
+    rebuilt = objective["kind"] == "train" and objective["data"]["load"]
+    if not rebuilt or conditions["strategy"]["name"] not in strategies.STRATEGIES:
         raise StudyError(
-            f"study {study!r} evaluates a {objective['kind']} objective that no other process can rebuild. "
+            f"study {study!r} has an objective ({objective['kind']}) or a strategy "
+            f"({conditions['strategy']['name']}) that no other process can rebuild by name. "
             "Run the same search line in each process instead."
         )
     settings = dict(conditions["space"])
@@ -321,7 +336,7 @@ def join(
         TrainObjective.from_settings(space, objective, device=device),
         chosen.pop("name"),
         objectives=conditions["objectives"],
-        trials=trials or conditions["trials"],
+        trials=conditions["trials"] if trials is None else trials,
         timeout=timeout,
         constraints=conditions["constraints"],
         metrics=objective["extra"],

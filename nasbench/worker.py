@@ -84,6 +84,7 @@ class Worker:
         self._ledger = Ledger()
         self._running: list[FrozenTrial] = []
         self._known: dict[Arch, FrozenTrial] = {}
+        self._refused: dict[Arch, str] = {}
         self._front: list[FrozenTrial] = []
         self._signs = [1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in study.directions]
 
@@ -195,7 +196,7 @@ class Worker:
         run = _Run(trial, self)
         arch = Arch({name: trial.params[name] for name in self._distributions})
         try:
-            self.space.check(arch)
+            self._check_rules(arch)
             original = self._known.get(self.objective.key(arch))
             if original is not None:
                 metrics = dict(original.user_attrs["metrics"])
@@ -207,7 +208,7 @@ class Worker:
                 self._check_constraints(metrics)
         except (Paused, KeyboardInterrupt):
             raise
-        except (_Violation, ArchError) as violation:
+        except _Violation as violation:
             trial.set_user_attr("violation", str(violation))
             self.study.tell(trial, state=TrialState.PRUNED)
         except optuna.TrialPruned as pruned:
@@ -225,6 +226,14 @@ class Worker:
                 trial.set_user_attr("runs", [dict(r) for r in run.runs])
             trial.set_user_attr("seconds", round(time.perf_counter() - started, 3))
             self.study.tell(trial, [metrics[name] for name in self.objectives])
+
+    def _check_rules(self, arch: Arch) -> None:
+        try:
+            self.space.check(arch)
+        except ArchError as error:
+            raise _Violation(str(error)) from error
+        if (reason := self._refused.get(self.objective.key(arch))) is not None:
+            raise _Violation(reason)
 
     def _check_constraints(self, metrics: dict[str, Any]) -> None:
         for constraint in self.constraints:
@@ -244,6 +253,9 @@ class Worker:
                 continue
             if "violation" in trial.user_attrs:
                 self._violations += 1
+                arch = arch_of(trial, self.space)
+                if arch is not None and arch in self.space:
+                    self._refused[self.objective.key(arch)] = trial.user_attrs["violation"]
                 continue
             self._violations = 0
             self.failures.clear()

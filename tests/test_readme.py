@@ -19,7 +19,10 @@ def run(block: str, **smaller: str) -> dict[str, object]:
     for old, new in smaller.items():
         assert f"{old}=" in block, f"{old}= is not in the snippet"
         block = re.sub(rf"\b{old}=\d+", f"{old}={new}", block)
-    scope: dict[str, object] = {"__name__": "readme"}
+    import nasbench
+    from search_spaces import NASBench201
+
+    scope: dict[str, object] = {"__name__": "__main__", "nb": nasbench, "NASBench201": NASBench201}
     exec(block, scope)  # noqa: S102
     return scope
 

@@ -1,6 +1,6 @@
 """Evolution on CIFAR-10 images, unbroken and killed three times inside training: the same study to the last bit.
 
-    python -m nasbench.benchmarks.resume_cifar10 cifar10.npz [--images 2500] [--trials 18] [--seeds 3]
+    python -m nasbench.benchmarks.resume_cifar10 cifar10.npz [--images 2500] [--trials 14] [--seeds 3]
 
 `cifar10.npz` holds x_train, y_train, x_test, y_test. Every search runs in a process of its own on one thread.
 """
@@ -26,7 +26,7 @@ from nasbench.files import sha256
 from nasbench.objective import WEIGHTS, TrainObjective
 from search_spaces import NASBench201
 
-POPULATION = 6
+POPULATION = 5
 KILLS = 3
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("--images", type=int, default=2500)
-    parser.add_argument("--trials", type=int, default=18)
+    parser.add_argument("--trials", type=int, default=14)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--child", nargs=2, metavar=("FOLDER", "SEED"), help=argparse.SUPPRESS)
@@ -45,8 +45,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        for seed in range(options.seeds):
-            finish(start(home / f"whole{seed}", seed))
+        whole = [start(home / f"whole{seed}", seed) for seed in range(options.seeds)]
+        for process in whole:
+            finish(process)
         kills = [kill_inside_training(home / "broken", random.Random(i)) for i in range(KILLS)]
         finish(start(home / "broken", 0))
         figures = {
@@ -79,7 +80,7 @@ def search(options: argparse.Namespace, folder: Path, seed: int) -> None:
         "evolution",
         trials=options.trials,
         epochs=options.epochs,
-        batch_size=64,
+        batch_size=32,
         population=POPULATION,
         study="study",
         folder=folder,
@@ -122,10 +123,11 @@ def kill_inside_training(folder: Path, rng: random.Random) -> str:
         wanted -= now != before
         before = now
     time.sleep(rng.uniform(0, 1))
+    while not (running := sorted(p.parent.name for p in folder.glob("study/trials/*/checkpoint-*.pt"))):
+        time.sleep(0.05)  # between two trials: wait for the next training
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    running = sorted(p.parent.name for p in folder.glob("study/trials/*/checkpoint-*.pt"))
-    return f"trial {', '.join(running)}" if running else "between two trials"
+    return f"trial {', '.join(running)}"
 
 
 def outcome(folder: Path) -> list[Any]:

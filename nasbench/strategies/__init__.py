@@ -15,7 +15,7 @@ from optuna.samplers import BaseSampler
 from nasbench.errors import SettingError
 from nasbench.strategies.base import History, PastTrial, Proposal, Strategy, distributions
 from nasbench.strategies.evolution import Grid, LocalSearch, RegularizedEvolution
-from nasbench.strategies.samplers import UNFIT, OptunaStrategy
+from nasbench.strategies.samplers import SAMPLERS, UNFIT, OptunaStrategy, sampler_options
 from search_spaces.base import nearest
 
 __all__ = [
@@ -31,14 +31,33 @@ __all__ = [
     "describe",
     "distributions",
     "make",
+    "settings_of",
 ]
 
 STRATEGIES: dict[str, Callable[..., Strategy | OptunaStrategy]] = {
     "evolution": RegularizedEvolution,
     "local_search": LocalSearch,
     "grid": Grid,
-    **{name: partial(OptunaStrategy, name) for name in ("random", "tpe", "gp", "nsga2", "nsga3")},
+    **{name: partial(OptunaStrategy, name) for name in SAMPLERS},
 }
+
+
+def settings_of(name: str) -> set[str]:
+    """Return the names of a strategy's settings.
+
+    Raises:
+        SettingError: unknown name, with the nearest ones.
+
+    Example:
+        >>> sorted(settings_of("evolution"))
+        ['aging', 'crossover', 'population', 'sample']
+    """
+    if name in UNFIT:
+        raise SettingError(f"Optuna's {name!r} is not offered: {UNFIT[name]}. {nearest('', STRATEGIES)}")
+    if name not in STRATEGIES:
+        raise SettingError(f"no strategy is called {name!r}; {nearest(name, STRATEGIES)}")
+    kind = STRATEGIES[name]
+    return set(inspect.signature(kind).parameters) if isinstance(kind, type) else sampler_options(name)
 
 
 def make(name: str, **settings: Any) -> Strategy | OptunaStrategy:
@@ -51,17 +70,11 @@ def make(name: str, **settings: Any) -> Strategy | OptunaStrategy:
         >>> make("evolution", population=20)
         RegularizedEvolution(population=20, sample=3, aging=True, crossover=0.0)
     """
-    if name in UNFIT:
-        raise SettingError(f"Optuna's {name!r} is not offered: {UNFIT[name]}. {nearest('', STRATEGIES)}")
-    if name not in STRATEGIES:
-        raise SettingError(f"no strategy is called {name!r}; {nearest(name, STRATEGIES)}")
-    kind = STRATEGIES[name]
-    if isinstance(kind, type):
-        known = inspect.signature(kind).parameters
-        if unknown := sorted(settings.keys() - known):
-            choices = nearest(unknown[0], known) if known else "it has none."
-            raise SettingError(f"strategy {name!r} has no setting {unknown[0]!r}; {choices}")
-    return kind(**settings)
+    known = settings_of(name)
+    if name not in SAMPLERS and (unknown := sorted(settings.keys() - known)):
+        choices = nearest(unknown[0], known) if known else "it has none."
+        raise SettingError(f"strategy {name!r} has no setting {unknown[0]!r}; {choices}")
+    return STRATEGIES[name](**settings)
 
 
 def describe(strategy: Strategy | OptunaStrategy | BaseSampler) -> dict[str, Any]:

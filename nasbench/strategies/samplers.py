@@ -18,7 +18,7 @@ from nasbench.errors import SettingError
 from nasbench.strategies.base import distributions
 from search_spaces.base import SearchSpace, nearest
 
-_SAMPLERS = {
+SAMPLERS = {
     "random": "RandomSampler",
     "tpe": "TPESampler",
     "gp": "GPSampler",
@@ -58,15 +58,15 @@ class OptunaStrategy:
 
     def __init__(self, name: str, **options: Any) -> None:
         if name in UNFIT:
-            raise SettingError(f"Optuna's {name!r} is not offered: {UNFIT[name]}. {nearest('', _SAMPLERS)}")
-        if name not in _SAMPLERS:
-            raise SettingError(f"Optuna has no sampler {name!r} here; {nearest(name, _SAMPLERS)}")
+            raise SettingError(f"Optuna's {name!r} is not offered: {UNFIT[name]}. {nearest('', SAMPLERS)}")
+        if name not in SAMPLERS:
+            raise SettingError(f"Optuna has no sampler {name!r} here; {nearest(name, SAMPLERS)}")
         self.name = name
         self.options = options
-        self._kind: type[BaseSampler] = getattr(optuna.samplers, _SAMPLERS[name])
-        known = set(inspect.signature(self._kind).parameters) - {"seed"}
+        self._kind: type[BaseSampler] = getattr(optuna.samplers, SAMPLERS[name])
+        known = sampler_options(name)
         if unknown := sorted(options.keys() - known):
-            raise SettingError(f"{_SAMPLERS[name]} has no option {unknown[0]!r}; {nearest(unknown[0], known)}")
+            raise SettingError(f"{SAMPLERS[name]} has no option {unknown[0]!r}; {nearest(unknown[0], known)}")
         try:
             json.dumps(options)
         except TypeError:
@@ -77,7 +77,7 @@ class OptunaStrategy:
         try:
             self._make(0)
         except (TypeError, ValueError) as error:
-            raise SettingError(f"{_SAMPLERS[name]} refuses {options}: {error}") from error
+            raise SettingError(f"{SAMPLERS[name]} refuses {options}: {error}") from error
 
     def settings(self) -> dict[str, Any]:
         """Return the options, as a study is checked against."""
@@ -91,6 +91,11 @@ class OptunaStrategy:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return self._kind(seed=seed, **self.options)  # type: ignore[call-arg]
+
+
+def sampler_options(name: str) -> set[str]:
+    """Return the options of one of Optuna's samplers."""
+    return set(inspect.signature(getattr(optuna.samplers, SAMPLERS[name])).parameters) - {"seed"}
 
 
 class ReseededSampler(BaseSampler):

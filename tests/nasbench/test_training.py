@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nasbench import training
+from nasbench import checkpoint
 from nasbench.data import Data, from_arrays, load
 from nasbench.devices import init_distributed, pick_device
 from nasbench.errors import CheckpointError, DataError, SettingError, TrainingDiverged
@@ -638,7 +638,7 @@ class TestCheckpoint:
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(training, "atomic_write", full)
+        monkeypatch.setattr(checkpoint, "atomic_write", full)
         with pytest.raises(KeyboardInterrupt) as caught:
             fit(_net(), _data(), callbacks=[_Stop("on_step", 3)], checkpoint=tmp_path / "run.pt", **QUICK)
         assert "No space left" in caught.value.__notes__[0]
@@ -792,7 +792,7 @@ def _as_rank(folder: Path) -> None:
     one, two, first = (_net(norm=False, dropout=0) for _ in range(3))
     settings: dict[str, Any] = QUICK | {"epochs": 2}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "atomic_write", noted)
+        patch.setattr(checkpoint, "atomic_write", noted)
         with pytest.raises(KeyboardInterrupt):
             fit(one, _data(), callbacks=[_Stop("on_step", 1)], **settings)
         fit(two, _data(), **settings)
