@@ -330,7 +330,7 @@ def _report(options: argparse.Namespace) -> None:
         import search_spaces
 
         space = search_spaces.space(options.space)
-    result = SearchResult.load(home / "result.json", space)
+    result = SearchResult.load(home / "result.json", space, folder=home)
     path = result.report(options.output)
     result.plot(path.with_name("search.png"))
     print(f"{result!r}\nreport: {path}")

@@ -384,7 +384,8 @@ class Constraint:
         }[self.sign]
 
     def __str__(self) -> str:
-        return f"{self.metric}{self.sign}{self.bound!r}".removesuffix(".0")
+        short = f"{self.bound:g}"
+        return f"{self.metric}{self.sign}{short if float(short) == self.bound else repr(self.bound)}"
 
 
 def resolve(objectives: str | Sequence[str] | Mapping[str, str | None] | None, objective: Objective) -> dict[str, str]:

@@ -290,7 +290,9 @@ class SearchResult:
             ) from None
 
     @classmethod
-    def load(cls, path: str | Path, space: SearchSpace | None = None) -> SearchResult:
+    def load(
+        cls, path: str | Path, space: SearchSpace | None = None, *, folder: str | Path | None = None
+    ) -> SearchResult:
         """Read a file that `save` wrote. A study's own result.json names the folder it lies in, also after a move."""
         try:
             text = Path(path).read_text()
@@ -298,7 +300,9 @@ class SearchResult:
             raise StudyError(
                 f"cannot read a search result from {path}: {error}. Name a file that save() wrote."
             ) from None
-        return cls.from_json(text, space, folder=Path(path).parent if Path(path).name == RESULT else None)
+        home = Path(path).parent
+        own = Path(path).name == RESULT and (home / "trials").is_dir()
+        return cls.from_json(text, space, folder=folder or (home if own else None))
 
     def __repr__(self) -> str:
         states = [t.state for t in self.trials]

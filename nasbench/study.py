@@ -200,10 +200,9 @@ def _strategy(
 ) -> Strategy | OptunaStrategy | BaseSampler:
     if isinstance(strategy, str):
         own = strategies.settings_of(strategy)
-        if unknown := sorted(settings.keys() - own):
+        if strategy not in strategies.SAMPLERS and (unknown := sorted(settings.keys() - own)):
             raise SettingError(
-                f"neither training nor the strategy {strategy!r} has a setting {unknown[0]!r}; "
-                f"{nearest(unknown[0], own | _RECIPE)}"
+                f"strategy {strategy!r} has no setting {unknown[0]!r}; {nearest(unknown[0], own | _RECIPE)}"
             )
         return strategies.make(strategy, **settings)
     if settings:
@@ -319,11 +318,15 @@ def join(
     """
     conditions = stored_conditions(study, storage, folder)
     objective = conditions["objective"]
-    rebuilt = objective["kind"] == "train" and objective["data"]["load"]
-    if not rebuilt or conditions["strategy"]["name"] not in strategies.STRATEGIES:
+    strategy = conditions["strategy"]["name"]
+    foreign = None
+    if objective["kind"] != "train" or not objective["data"]["load"]:
+        foreign = f"evaluates a {objective['kind']} objective"
+    elif strategy not in strategies.STRATEGIES:
+        foreign = f"follows the strategy {strategy}"
+    if foreign:
         raise StudyError(
-            f"study {study!r} has an objective ({objective['kind']}) or a strategy "
-            f"({conditions['strategy']['name']}) that no other process can rebuild by name. "
+            f"study {study!r} {foreign} that no other process can rebuild. "
             "Run the same search line in each process instead."
         )
     settings = dict(conditions["space"])
