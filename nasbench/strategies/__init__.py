@@ -19,6 +19,7 @@ from nasbench.strategies.samplers import SAMPLERS, UNFIT, OptunaStrategy, sample
 from search_spaces.base import nearest
 
 __all__ = [
+    "SAMPLERS",
     "STRATEGIES",
     "Grid",
     "History",
