@@ -235,7 +235,8 @@ def _tell(result: SearchResult, source: Any) -> None:
             if weights.exists():
                 print(f"model:  {weights}")
     if result.folder is not None:
-        print(f"report: {result.folder / 'report.html'}\nplot:   {result.folder / 'search.png'}")
+        if result.complete:
+            print(f"report: {result.folder / 'report.html'}\nplot:   {result.folder / 'search.png'}")
         print(f"study:  {result.folder}  (run again with --study {result.folder.name} to go on)")
 
 

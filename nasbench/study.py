@@ -83,8 +83,8 @@ def search(
             violator is stored as pruned and does not count.
         metrics: more metrics to measure: "bytes", "peak_bytes", "latency_ms".
         pruner: "median", "hyperband", "halving" or an Optuna pruner; one objective only.
-        study: name of the study, or an Optuna study of your own. Default: a new name for training; nothing is kept of
-            a table or function search.
+        study: name of the study, or an Optuna study of your own, whose sampler and pruner these then become. Default:
+            a new name for training; nothing is kept of a table or function search.
         storage: an Optuna storage or URL ("sqlite:///x.db", "postgresql://..."), or a journal file ("x.log").
             Default: study.db in the study's folder.
         folder: where study folders lie; a study's is `folder`/NAME.
@@ -189,7 +189,8 @@ def _check_budget(trials: int, timeout: float | None, workers: int, seed: int) -
         raise SettingError(f"seed={seed!r}: a seed is a whole number, 0 or more.")
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise SettingError(f"trials={trials!r}: a search needs a whole number of trials, at least 1.")
-    if timeout is not None and not timeout > 0:
+    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if timeout is not None and not (number and timeout > 0):
         raise SettingError(f"timeout={timeout!r}: give a positive number of seconds, or leave it out.")
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise SettingError(f"workers={workers!r}: a search needs at least one worker.")
@@ -233,8 +234,12 @@ def _objective(
         raise SettingError(
             f"{given!r} is about training, but nothing is trained: the metrics come from {type(data).__name__}."
         )
+    if isinstance(data, TrainObjective):
+        if space.choices != data.space.choices:
+            raise SettingError(f"the objective trains {data.space!r}, but the space to search is {space!r}.")
+        return data.space, data
     if isinstance(data, Objective):
-        return (data.space if isinstance(data, TrainObjective) else space), data
+        return space, data
     from nasbench.table import Table
 
     if isinstance(data, Table):
@@ -324,6 +329,8 @@ def join(
         foreign = f"evaluates a {objective['kind']} objective"
     elif strategy not in strategies.STRATEGIES:
         foreign = f"follows the strategy {strategy}"
+    elif conditions["pruner"] is not None and conditions["pruner"] not in _PRUNERS:
+        foreign = f"uses the pruner {conditions['pruner']}"
     if foreign:
         raise StudyError(
             f"study {study!r} {foreign} that no other process can rebuild. "

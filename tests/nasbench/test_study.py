@@ -850,10 +850,11 @@ def test_join_needs_a_number_of_trials(trained: SearchResult, trials: int) -> No
         nb.join("digits", folder=trained.folder.parent, trials=trials, progress=False)
 
 
-def test_join_says_where_a_strategy_object_has_to_be_given(data: Data, tmp_path: Path) -> None:
-    nb.search(SMALL, data, Listed((3,)), trials=1, study="own", folder=tmp_path, **QUICK)
-    with pytest.raises(StudyError, match="same search line"):
-        nb.join("own", folder=tmp_path, device="cpu", progress=False)
+@pytest.mark.parametrize("own", [{"strategy": Listed((3,))}, {"strategy": "random", "pruner": OddOnesOut()}])
+def test_join_says_where_an_object_has_to_be_given(data: Data, tmp_path: Path, own: dict[str, Any]) -> None:
+    nb.search(SMALL, data, trials=1, **own, **kept(tmp_path), **QUICK)
+    with pytest.raises(StudyError, match="Run the same search line in each process instead"):
+        nb.join("dice", f"{tmp_path}/all.log", folder=tmp_path, device="cpu", progress=False)
 
 
 # What a person sees ------------------------------------------------------------------------------------------------
