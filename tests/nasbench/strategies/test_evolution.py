@@ -95,14 +95,6 @@ def walk(
     return list(history)
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    yield
-    optuna.logging.set_verbosity(before)
-
-
 @pytest.mark.parametrize("strategy", [RegularizedEvolution(4, 2, crossover=0.5), LocalSearch(), Grid()], ids=repr)
 def test_proposals_keep_the_rules_of_the_space(strategy: Strategy) -> None:
     space = Pairs()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -19,14 +18,6 @@ from search_spaces.base import Arch
 from search_spaces.resnet import ResNet
 
 SPACE = ResNet(depths=(1, 2), widths=(4, 8, 16))
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    yield
-    optuna.logging.set_verbosity(before)
 
 
 def run(strategy: OptunaStrategy, trials: int, seed: int = 0, storage: InMemoryStorage | None = None) -> list[Arch]:
