@@ -238,7 +238,7 @@ def _train(
             _call(todo, run)
             for epoch in range(run.epoch, recipe.epochs):
                 for module in drops:
-                    module.p = recipe.drop_path * epoch / max(1, recipe.epochs - 1)
+                    module.p = module.depth * recipe.drop_path * epoch / max(1, recipe.epochs - 1)
                 batches = run.data.train_batches(
                     recipe.batch_size,
                     seed=run.seed,

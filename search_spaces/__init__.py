@@ -6,17 +6,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from search_spaces.base import Arch, ArchError, SearchSpace, nearest
+    from search_spaces.base import Arch, ArchError, Mixture, SearchSpace, Supernet, nearest
     from search_spaces.nasbench201 import NASBench201
     from search_spaces.resnet import ResNet
 
-__all__ = ["SPACES", "Arch", "ArchError", "NASBench201", "ResNet", "SearchSpace", "nearest", "space"]
+__all__ = [
+    "SPACES",
+    "Arch",
+    "ArchError",
+    "Mixture",
+    "NASBench201",
+    "ResNet",
+    "SearchSpace",
+    "Supernet",
+    "nearest",
+    "space",
+]
 
 SPACES = {  # name on the command line -> module:class
     "nasbench201": "search_spaces.nasbench201:NASBench201",
     "resnet": "search_spaces.resnet:ResNet",
 }
-_HOMES = dict.fromkeys(("Arch", "ArchError", "SearchSpace", "nearest"), "search_spaces.base") | {
+_HOMES = dict.fromkeys(("Arch", "ArchError", "Mixture", "SearchSpace", "Supernet", "nearest"), "search_spaces.base") | {
     "NASBench201": "search_spaces.nasbench201",
     "ResNet": "search_spaces.resnet",
 }

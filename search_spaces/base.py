@@ -13,7 +13,8 @@ from itertools import pairwise
 from random import Random
 from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Option = str | int | float | None
 Choices = Mapping[str, tuple[Option, ...]]
@@ -113,12 +114,116 @@ class Arch(Mapping[str, Option]):
         return cls(values)
 
 
+class Mixture(Mapping[str, Tensor]):
+    """A weight for every option of every site of a supernet: what it mixes its paths by.
+
+    Mostly the sites are a space's decisions; a space may have others (`SearchSpace.sites`). Weights need not sum to 1.
+
+    Args:
+        weights: for every site a vector of as many weights as it has options.
+        active: if the mixture is a sample, for every site the positions of the weights that are not zero. They are
+            known on the host, so a path is skipped without waiting for the device to tell its weight.
+
+    Example:
+        >>> Mixture({"e01": torch.tensor([0.0, 1.0])}, active={"e01": (1,)})
+        Mixture(e01=[0.0, 1.0])
+    """
+
+    __slots__ = ("_weights", "active")
+
+    def __init__(self, weights: Mapping[str, Tensor], active: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        self._weights = dict(weights)
+        self.active = None if active is None else dict(active)
+
+    def __getitem__(self, site: str) -> Tensor:
+        try:
+            return self._weights[site]
+        except KeyError:
+            raise KeyError(f"{site!r} is no site of this mixture; {nearest(site, self._weights)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __repr__(self) -> str:
+        return f"Mixture({', '.join(f'{site}={weights.tolist()}' for site, weights in self.items())})"
+
+    def check(self, sites: Choices, *, values: bool = False, optional: Choices | None = None) -> Self:
+        """Return the mixture itself if it has a vector of the right length for each of these sites and no others.
+
+        Args:
+            sites: the sites it must have, with their options.
+            values: look at the numbers too, which waits for the device they are on.
+            optional: sites it may have.
+
+        Raises:
+            ArchError: a site is missing or unknown, a vector has another length, or a weight is NaN or infinite.
+        """
+        if missing := [site for site in sites if site not in self]:
+            raise ArchError(
+                f"a mixture needs a weight vector for every site; {missing[0]!r} has none, this one has those of "
+                f"{', '.join(self) or 'no site'}. Use space.one_hot(arch), or a relaxation."
+            )
+        known = {**sites, **(optional or {})}
+        for site, weights in self.items():
+            if site not in known:
+                raise ArchError(f"a mixture was given weights for {site!r}, which is no site; {nearest(site, known)}")
+            if weights.shape != (len(known[site]),):
+                raise ArchError(
+                    f"the mixture's weights of site {site!r} have shape {tuple(weights.shape)}, but it has "
+                    f"{len(known[site])} options: {', '.join(map(str, known[site]))}. Give one weight for each."
+                )
+            if values and not bool(torch.isfinite(weights).all()):
+                raise ArchError(
+                    f"the mixture's weights of site {site!r} are {weights.tolist()}: NaN or infinite weights choose "
+                    "nothing. The search that made them diverged; lower its learning rates."
+                )
+        return self
+
+
+class Supernet(nn.Module, ABC):
+    """All networks of a space in one module that shares their weights. It owns weights only: mixtures are passed to it.
+
+    Made by ``space.supernet()``. For every architecture of the space, in training and in evaluation mode,
+    ``supernet(x, space.one_hot(arch))`` equals ``supernet.extract(arch)(x)``.
+
+    Attributes:
+        space: the space whose networks these are.
+    """
+
+    def __init__(self, space: SearchSpace) -> None:
+        super().__init__()
+        self.space = space
+
+    @abstractmethod
+    def forward(self, x: Tensor, mixture: Mixture) -> Tensor:
+        """Return logits (B, classes) of images (B, in_channels, H, W), every path weighted by the mixture.
+
+        Raises:
+            ArchError: the mixture does not fit the space's sites.
+        """
+
+    @abstractmethod
+    def extract(self, arch: Arch) -> nn.Module:
+        """Return the network of one architecture with copies of its weights and running statistics.
+
+        A plain module of the supernet's own size, with no parameter of a path not taken and no reference to the
+        supernet.
+
+        Raises:
+            ArchError: the architecture is not of this space.
+        """
+
+
 class SearchSpace(ABC):
     """What can be built: named choices, and a network for every assignment of them.
 
     A space is one file with one frozen dataclass: its fields are its settings, `choices` and `build` its substance.
     Settings `classes` and `in_channels` may be left ``None``; `bind` fills them in from the data. Everything else here
-    is derived; `is_valid`, `canonical`, `graph` and `parse` are the hooks a space may override.
+    is derived; `is_valid`, `canonical`, `graph` and `parse` are the hooks a space may override. A space whose networks
+    can share weights has a `supernet` too, and where its sites are not its decisions `sites`, `one_hot`, `strongest`.
 
     Example:
         >>> from random import Random
@@ -163,6 +268,39 @@ class SearchSpace(ABC):
     def parse(self, text: str) -> Arch:
         """Read an architecture of this space from text: JSON, or a space's own notation."""
         return self.check(Arch.from_json(text))
+
+    # Shared weights: for spaces with a supernet ----------------------------------------------------------------------
+
+    def supernet(self, **settings: Any) -> Supernet:
+        """Return a fresh supernet of the space; `settings` are the space's own.
+
+        Raises:
+            ArchError: the space has none, or is not bound to data.
+        """
+        having = "one-shot strategies need one: use DARTS or NASBench201, or a black-box strategy such as evolution."
+        raise ArchError(f"{type(self).__name__} has no supernet, and {having}")
+
+    @property
+    def sites(self) -> Choices:
+        """Where a supernet mixes, each site with its options: the decisions, unless a space says otherwise."""
+        return self.choices
+
+    @property
+    def edge_sites(self) -> Choices:
+        """Further sites, which a mixture may have: for a node, a weight for each of its incoming edges."""
+        return {}
+
+    def one_hot(self, arch: Arch) -> Mixture:
+        """Return the mixture that is this very architecture: weight 1 on its path, 0 elsewhere.
+
+        Raises:
+            ArchError: the architecture is not of this space.
+        """
+        return one_hot(self.sites, {site: options.index(arch[site]) for site, options in self.sites.items()})
+
+    def strongest(self, mixture: Mixture) -> Arch:
+        """Return the architecture that a mixture weights most: at every site its heaviest option."""
+        return Arch({site: options[int(mixture[site].argmax())] for site, options in self.sites.items()})
 
     # Membership ----------------------------------------------------------------------------------------------------
 
@@ -259,12 +397,17 @@ class SearchSpace(ABC):
         except (KeyError, ValueError, TypeError):
             return self.encode(self.check(arch))  # says what is wrong
 
-    def decode(self, code: Sequence[int]) -> Arch:
-        """Return the architecture whose `encode` is this.
+    def decode(self, code: Sequence[int] | Mixture) -> Arch:
+        """Return the architecture whose `encode` is this, or the one that a mixture weights most.
+
+        ``decode(one_hot(arch)) == arch`` for every architecture of a space with a supernet.
 
         Raises:
-            ArchError: the code has the wrong length or a position out of range.
+            ArchError: the code has the wrong length or a position out of range; a mixture lacks a site, or has a weight
+                that is NaN or infinite.
         """
+        if isinstance(code, Mixture):
+            return self.check(self.strongest(code.check(self.sites, values=True, optional=self.edge_sites)))
         if len(code) != len(self.choices):
             name, count = type(self).__name__, len(self.choices)
             raise ArchError(f"a code of {name} has {count} positions, got {len(code)}: {code!r}.")
@@ -342,3 +485,19 @@ class SearchSpace(ABC):
         """Twelve hexadecimal digits of the settings and choices: equal for equal spaces, in every process."""
         text = self.to_json() + json.dumps({d: list(o) for d, o in self.choices.items()})
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def one_hot(sites: Choices, chosen: Mapping[str, int | None]) -> Mixture:
+    """Return the mixture with weight 1 on the chosen position of every site and 0 elsewhere; None chooses nothing.
+
+    Example:
+        >>> one_hot({"a": ("x", "y"), "b": ("x", "y")}, {"a": 1, "b": None})
+        Mixture(a=[0.0, 1.0], b=[0.0, 0.0])
+    """
+    weights = {site: torch.zeros(len(options)) for site, options in sites.items()}
+    active: dict[str, tuple[int, ...]] = {}
+    for site, position in chosen.items():
+        active[site] = () if position is None else (position,)
+        if position is not None:
+            weights[site][position] = 1.0
+    return Mixture(weights, active)
