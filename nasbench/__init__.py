@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         TrainingDiverged,
         WeightsError,
     )
+    from nasbench.graphs import draw
     from nasbench.profile import Latency, Profile, measure
     from nasbench.recipe import Recipe
     from nasbench.result import SearchResult, Trial
@@ -42,6 +43,7 @@ _WHERE = {
         "TrainingDiverged",
         "WeightsError",
     ],
+    "graphs": ["draw"],
     "profile": ["Latency", "Profile", "measure"],
     "result": ["SearchResult", "Trial"],
     "study": ["join", "search"],
@@ -71,6 +73,7 @@ __all__ = [
     "WeightsError",
     "compare",
     "data",
+    "draw",
     "evaluate",
     "fit",
     "join",

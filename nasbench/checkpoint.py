@@ -20,7 +20,7 @@ from nasbench.files import atomic_write
 if TYPE_CHECKING:
     from nasbench.training import Callback, Run
 
-_FORMAT = 1
+FORMAT = 1
 _FIELDS = {"identity", "step", "todo", "seconds", "sums", "loss", "model", "optimizer", "callbacks"}
 
 
@@ -65,7 +65,7 @@ class Saver:
                     "Return tensors, numbers, strings, and lists, tuples or dicts of these"
                 )
         content = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "identity": self.identity,
             "step": run.step,
             "todo": [[type(callback).__qualname__, hook] for callback, hook in todo],
@@ -101,7 +101,8 @@ def check_writable(file: Path) -> None:
         ) from error
 
 
-def read(file: Path) -> dict[str, Any]:
+def read(file: Path, fields: set[str] = _FIELDS, of: str = "nasbench.fit") -> dict[str, Any]:
+    """Return the content of a checkpoint, which must have these fields; `of` is what writes such files."""
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken zip, pickle or tensor raises half a dozen kinds of error
@@ -109,18 +110,22 @@ def read(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"the checkpoint {file} is corrupt, or none ({reason}): delete it to train anew, or name another file"
         ) from error
-    if not isinstance(stored, dict) or stored.get("format") != _FORMAT or not stored.keys() >= _FIELDS:
-        raise CheckpointError(f"{file} is not a checkpoint of nasbench.fit, version {_FORMAT}: name another file")
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT or not stored.keys() >= fields:
+        raise CheckpointError(f"{file} is not a checkpoint of {of}, version {FORMAT}: name another file")
     return stored
 
 
 def identity_of(run: Run) -> dict[str, Any]:
     """Return what two runs must have in common for one to continue the other."""
-    modules = [f"{name}:{type(module).__qualname__}" for name, module in run.model.named_modules()]
-    tensors = [f"{name}:{tuple(tensor.shape)}" for name, tensor in run.model.named_parameters()]
-    layers = hashlib.sha256("\n".join(modules + tensors).encode()).hexdigest()[:12]
     recipe = dataclasses.asdict(run.recipe)
-    return {"model": layers, "data": run.data.fingerprint, "split": run.split, "seed": run.seed, **recipe}
+    return {"model": layers_of(run.model), "data": run.data.fingerprint, "split": run.split, "seed": run.seed, **recipe}
+
+
+def layers_of(model: nn.Module) -> str:
+    """Return twelve hexadecimal digits of a model's modules and the shapes of its parameters."""
+    modules = [f"{name}:{type(module).__qualname__}" for name, module in model.named_modules()]
+    tensors = [f"{name}:{tuple(tensor.shape)}" for name, tensor in model.named_parameters()]
+    return hashlib.sha256("\n".join(modules + tensors).encode()).hexdigest()[:12]
 
 
 def check_identity(file: Path, stored: dict[str, Any], here: dict[str, Any]) -> None:

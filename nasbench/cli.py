@@ -45,9 +45,17 @@ def _parser() -> argparse.ArgumentParser:
     search = commands.add_parser("search", help="search a space on data or a table; run it again to go on")
     _space_options(search)
     _data_options(search)
-    search.add_argument("--table", help="look results up in this table instead of training: a name or an .npz file")
     search.add_argument(
-        "--strategy", default="evolution", help="evolution, local_search, grid, random, tpe, gp, nsga2, nsga3"
+        "--table",
+        help="look results up in this table instead of training: a name or an .npz file; a one-shot strategy trains "
+        "and tells true ranks from it",
+    )
+    search.add_argument("--table-metric", help="metric of the table that ranks what a one-shot strategy decodes")
+    search.add_argument(
+        "--strategy",
+        default="evolution",
+        help="evolution, top_evolution, local_search, grid, random, tpe, gp, nsga2, nsga3; with one supernet: darts, "
+        "gdas, drnas, pcdarts, spos",
     )
     search.add_argument(
         "--objectives",
@@ -57,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--constraint", action="append", default=[], metavar='"params<1e6"')
     search.add_argument("--pruner", help="median, hyperband or halving")
-    search.add_argument("--trials", type=int, default=30)
-    search.add_argument("--epochs", type=int, default=None, help="default: 4")
+    search.add_argument("--trials", type=int, help="default: 30; one-shot strategies have their own")
+    search.add_argument("--epochs", type=int, help="default: 4; of a supernet, as in the strategy's paper")
     search.add_argument("--timeout", type=float, help="seconds")
     search.add_argument("--study", help="name of the study; default: a new one")
     search.add_argument("--storage", help="Optuna storage URL or journal file; default: study.db in the study's folder")
@@ -123,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _space_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--space", help="nasbench201, resnet, or your own as module:Class; default: a small nasbench201"
+        "--space", help="nasbench201, darts, nasnet, resnet, or your own as module:Class; default: a small nasbench201"
     )
     parser.add_argument("--space-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the space")
 
@@ -181,16 +189,16 @@ def _search(options: argparse.Namespace) -> None:
 
     rank, _ = init_distributed()
     settings = _settings(options.set)
-    if options.table is None:
-        source: Any = _data(options)
-        if options.epochs is not None:
-            settings["epochs"] = options.epochs
+    if options.epochs is not None:
+        settings["epochs"] = options.epochs
+    table: Any = nb.Table.load(options.table) if options.table is not None else None
+    one_shot = options.strategy in nb.strategies.ONE_SHOT
+    source: Any = _data(options) if table is None or one_shot else table
+    if one_shot and table is not None:
+        settings["table"] = (table, options.table_metric) if options.table_metric else table
+    elif table is None and not one_shot:
         settings.setdefault("epochs", 4)
         settings.setdefault("batch_size", 64)
-    else:
-        source = nb.Table.load(options.table)
-        if options.epochs is not None:
-            settings["epochs"] = options.epochs  # search says that nothing is trained
     result = nb.search(
         _space(options),
         source,

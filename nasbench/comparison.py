@@ -27,7 +27,7 @@ from nasbench.files import atomic_write
 from nasbench.objective import Objective
 from nasbench.recipe import Recipe
 from nasbench.result import Trial
-from nasbench.strategies import OptunaStrategy, Strategy
+from nasbench.strategies import OneShot, OptunaStrategy, Strategy
 from nasbench.study import search
 from nasbench.table import Table
 from nasbench.training import evaluate
@@ -384,6 +384,11 @@ def _strategies(
     made: dict[str, Strategy | OptunaStrategy] = {}
     for own, given in pairs:
         strategy = registry.make(given) if isinstance(given, str) else given
+        if isinstance(strategy, OneShot):
+            raise SettingError(
+                f"{strategy.name!r} trains a supernet, and nothing is trained here: compare black-box strategies. A "
+                f'one-shot search beside a table: nasbench.search(space, data, "{strategy.name}", table=table).'
+            )
         if not isinstance(strategy, Strategy | OptunaStrategy):
             raise SettingError(
                 f"{given!r:.80} is no strategy. Give a name, a Strategy, or one of Optuna's as "
@@ -400,7 +405,7 @@ def _strategies(
         made[name] = strategy
     if not made:
         raise SettingError('there are no strategies to compare. Name at least one, such as "evolution".')
-    return {BASELINE: registry.make(BASELINE)} | made
+    return {BASELINE: OptunaStrategy(BASELINE)} | made
 
 
 def _seeds(seeds: Any) -> tuple[int, ...]:

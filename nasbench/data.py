@@ -35,7 +35,7 @@ from nasbench.sources import (
     subfolders,
     svhn,
 )
-from nasbench.splits import Array, split_rows
+from nasbench.splits import Array, split_rows, stratified
 from search_spaces.base import nearest
 
 Batch = tuple[Tensor, Tensor]
@@ -130,6 +130,35 @@ class Data(ABC):
             moved.__dict__.pop(name, None)
         return moved
 
+    def halves(self, seed: int = 0) -> tuple[Self, Self]:
+        """Return the data twice, each with one half of the training images, drawn equally from every class.
+
+        Everything else is the same, the scaling of the images included. For searches that learn weights on one half and
+        the architecture on the other.
+
+        Raises:
+            DataError: there are too few images for every class to be in both.
+
+        Example:
+            >>> [half.count("train") for half in load("digits").halves()]
+            [575, 575]
+        """
+        rows = self._rows["train"]
+        labels = self._labels.numpy()[rows]
+        picks = stratified(labels, len(rows) // 2, np.random.default_rng(seed))
+        halves = []
+        for part in (rows[picks], np.delete(rows, picks)):
+            if len(missing := np.setdiff1d(np.arange(self.classes), self._labels.numpy()[part])):
+                raise DataError(
+                    f"half of the {len(rows)} training images of {self.name} has none of class {missing[0]}: a search "
+                    "that learns weights and architecture on halves needs more images."
+                )
+            half = copy.copy(self)
+            half.__dict__["_scaling"] = self._scaling
+            half._rows = self._rows | {"train": part}
+            halves.append(half)
+        return halves[0], halves[1]
+
     def train_batches(
         self,
         batch_size: int,
@@ -177,13 +206,15 @@ class Data(ABC):
                 f"and a batch must be a multiple of {world}."
             )
         self._within("cutout", cutout)
-        order = torch.randperm(self.count(split), generator=_generator(seed, epoch))
+        order = torch.randperm(self.count(split), generator=keyed_generator(seed, epoch))
         order = torch.from_numpy(self._split(split))[order]
         batches = [order[step * size :][:size][rank::world] for step in range(start, steps)]
 
         def draw() -> Iterator[Batch]:
             for step, (rows, store, where) in enumerate(self._stores(batches, augment), start):
-                draws = torch.randint(2**31 - 1, (5, size), generator=_generator(seed, epoch, step))[:, rank::world]
+                draws = torch.randint(2**31 - 1, (5, size), generator=keyed_generator(seed, epoch, step))[
+                    :, rank::world
+                ]
                 top, left, mirrored, y, x = draws.to(self.device)
                 if augment and self.flip:
                     where = where + (mirrored & 1) * (len(store) // 2)
@@ -415,8 +446,13 @@ class FolderData(Data):
         return np.take(self._rows["train"], chosen)
 
 
-def _generator(*key: int) -> torch.Generator:
-    """Return a generator that is a function of these numbers."""
+def keyed_generator(*key: int) -> torch.Generator:
+    """Return a generator that is a function of these numbers.
+
+    Example:
+        >>> torch.rand((), generator=keyed_generator(0, 1)) == torch.rand((), generator=keyed_generator(0, 1))
+        tensor(True)
+    """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

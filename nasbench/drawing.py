@@ -1,120 +1,36 @@
-"""Figures of searches and graphs of architectures, in one look.
-
-Nothing here depends on the clock: the same result gives the same picture.
-"""
+"""Figures of searches: progress, Pareto fronts, importances; and by name those of other modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
-from io import BytesIO
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
 
+from nasbench.curves import draw_epochs, is_one_shot
+from nasbench.graphs import draw as draw_arch
 from nasbench.result import SearchResult, Trial
 from nasbench.storage import quiet
 from nasbench.strategies import distributions
-from search_spaces.base import SearchSpace
+from nasbench.style import ACCENT, INK, MUTED, look, name_axis, new_figure, plain, short_number, word
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-INK, MUTED, LINE, ACCENT, PAPER = "#1c2530", "#6c7887", "#e4e8ed", "#2f6bde", "#ffffff"
-COLOURS = {  # name on the page: by day, by night
-    "ink": (INK, "#e7ebf1"),
-    "muted": (MUTED, "#98a4b4"),
-    "line": (LINE, "#2c3541"),
-    "accent": (ACCENT, "#7fabff"),
-    "paper": (PAPER, "#12161c"),
-}
-_WORDS = {
-    "val_accuracy": "validation accuracy",
-    "val_loss": "validation loss",
-    "test_accuracy": "test accuracy",
-    "test_loss": "test loss",
-    "params": "parameters",
-    "macs": "multiply-adds",
-    "bytes": "size (bytes)",
-    "peak_bytes": "peak activations (bytes)",
-    "latency_ms": "latency (ms)",
-    "seconds": "time (s)",
-}
+__all__ = ["draw_arch", "draw_epochs", "draw_front", "draw_importances", "draw_progress", "draw_search", "new_figure"]
+
 ENOUGH = 20
 """Distinct architectures below which importances would be chance."""
 MANY = 2000
 """Dots above which they become one picture inside the SVG."""
 
 
-# Figures -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def look() -> Iterator[None]:
-    """Draw in the house's style, whatever the user's own style is; nothing of it stays."""
-    import matplotlib
-
-    style: dict[Any, Any] = {
-        "font.size": 8.5,
-        "text.color": INK,
-        "figure.facecolor": PAPER,
-        "savefig.facecolor": "auto",
-        "axes.facecolor": "none",
-        "axes.edgecolor": LINE,
-        "axes.labelcolor": INK,
-        "axes.labelsize": 8.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.formatter.useoffset": False,
-        "grid.color": LINE,
-        "grid.linewidth": 0.8,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-        "legend.labelcolor": MUTED,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "nasbench",
-    }
-    with matplotlib.rc_context(style):
-        yield
-
-
-@cache
-def _chart() -> type[Figure]:
-    from matplotlib.figure import Figure
-
-    class Chart(Figure):
-        """A figure that shows itself in a notebook even where pyplot was never imported."""
-
-        def _repr_png_(self) -> tuple[bytes, dict[str, float]]:
-            data = BytesIO()
-            self.savefig(data, format="png", dpi=200)
-            width, height = self.get_size_inches()
-            return data.getvalue(), {"width": 100 * width, "height": 100 * height}
-
-    return Chart
-
-
-def new_figure(width: float, height: float, **settings: Any) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = _chart()(figsize=(width, height), **settings)
-    FigureCanvasAgg(figure)
-    return figure
-
-
 @look()
 def draw_search(result: SearchResult) -> Figure:
     """Draw a search: with one objective its values and the best so far, with several their Pareto front.
+
+    A one-shot search, whose only trial is what it chose, is drawn over its epochs (`draw_epochs`).
 
     Of several objectives the first is drawn upwards, the second to the right, the third as colour.
 
@@ -126,6 +42,8 @@ def draw_search(result: SearchResult) -> Figure:
         >>> figure.axes[0].get_ylabel()
         'score (higher is better)'
     """
+    if is_one_shot(result):
+        return draw_epochs(result)
     names = list(result.objectives)
     return draw_progress(result, names[0]) if len(names) == 1 else draw_front(result, names)
 
@@ -180,7 +98,7 @@ def draw_progress(result: SearchResult, name: str) -> Figure:
     axes.set_xlim(1 - edge, max(len(done), 1) + edge)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.set_xlabel("finished trials")
-    _name_axis(axes.yaxis, name, sign)
+    name_axis(axes.yaxis, name, sign)
     if done:
         figure.legend(loc="outside upper left", ncols=6, handletextpad=0.3, columnspacing=1.2)
     return figure
@@ -215,9 +133,9 @@ def draw_front(result: SearchResult, names: Sequence[str]) -> Figure:
         dots = axes.scatter(x, y, s=36, c=values, cmap=seen_by_day_and_night, zorder=3, label="Pareto front")
         bar = figure.colorbar(dots, ax=axes, pad=0.02, aspect=30)
         bar.outline.set_visible(False)
-        _name_axis(bar.ax.yaxis, names[2], result.sign(names[2]))
-    _name_axis(axes.xaxis, right, result.sign(right))
-    _name_axis(axes.yaxis, up, result.sign(up))
+        name_axis(bar.ax.yaxis, names[2], result.sign(names[2]))
+    name_axis(axes.xaxis, right, result.sign(right))
+    name_axis(axes.yaxis, up, result.sign(up))
     axes.margins(0.06)
     if front:
         figure.legend(loc="outside upper left", ncols=2, handletextpad=0.2, columnspacing=1.4)
@@ -259,166 +177,10 @@ def draw_importances(result: SearchResult) -> Figure | None:
     axes = figure.subplots()
     bars = axes.barh(range(len(shown)), [share for _, share in shown], color=ACCENT, height=0.6)
     axes.bar_label(bars, [f"{share:.0%}" for _, share in shown], padding=4, color=MUTED)
-    axes.set_yticks(range(len(shown)), [_plain(decision) for decision, _ in shown], color=INK)
+    axes.set_yticks(range(len(shown)), [plain(decision) for decision, _ in shown], color=INK)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.1)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel(f"share of what decides {_plain(word(name))}")
+    axes.set_xlabel(f"share of what decides {plain(word(name))}")
     return figure
-
-
-def _name_axis(axis: Axis, name: str, sign: float) -> None:
-    """Label an axis with words and unit; large numbers as 20k or 1.5M."""
-    from matplotlib.ticker import EngFormatter
-
-    better = "higher is better" if sign > 0 else "lower is better"
-    axis.set_label_text(_WORDS.get(name, f"{name} ({better})"), parse_math=False)
-    if max(map(abs, axis.get_view_interval())) >= 10_000:
-        axis.set_major_formatter(EngFormatter(sep=""))
-
-
-def _plain(text: str) -> str:
-    """Return text in which matplotlib sees no formula."""
-    return text.replace("$", r"\$")
-
-
-# Architectures -----------------------------------------------------------------------------------------------------
-
-
-@look()
-def draw_arch(space: SearchSpace, arch: Mapping[str, Any], ax: Axes | None = None) -> Figure:
-    """Draw an architecture as `space.graph` gives it; return the figure, which is that of `ax` if one is given.
-
-    Nodes stand in topological layers: side by side where edges have labels, else one below the other.
-
-    Raises:
-        ArchError: the architecture is not of this space.
-
-    Example:
-        >>> from search_spaces import NASBench201
-        >>> figure = draw_arch(NASBench201(), NASBench201().at(15624))
-        >>> sorted({text.get_text() for text in figure.axes[0].texts} - {""})
-        ['1', '2', 'avg_pool_3x3', 'input', 'output']
-    """
-    edges = space.graph(space.check(arch))
-    places = _places(edges) or {"no operations": np.zeros(2)}
-    boxes = {node: _box(place, node, pad=0.09) for node, place in places.items()}
-    routes = _routes(edges, places, dict(boxes))
-    everything = np.array([*boxes.values(), *(box for _, _, box in routes)])
-    low, high = everything[:, :2].min(axis=0), everything[:, 2:].max(axis=0)
-    for curve, _, _ in routes:
-        low, high = np.minimum(low, curve.min(axis=0)), np.maximum(high, curve.max(axis=0))
-    low, high = low - 0.1, high + 0.1
-    if ax is None:
-        figure = new_figure(*(high - low))
-        ax = figure.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
-    ax.set_axis_off()
-
-    style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "parse_math": False}
-    frame = {"boxstyle": "round,pad=0.5", "facecolor": PAPER, "linewidth": 1.2}
-    texts = {}
-    for node, (x, y) in places.items():
-        edge = ACCENT if node in ("input", "output") else MUTED
-        texts[node] = ax.text(x, y, node, fontsize=9, bbox=frame | {"edgecolor": edge}, **style)
-    for (source, target, label), (_, bend, box) in zip(edges, routes, strict=True):
-        arrow = {
-            "arrowstyle": "-|>,head_length=0.45,head_width=0.18",
-            "connectionstyle": f"arc3,rad={bend}",
-            "patchA": texts[source].get_bbox_patch(),
-            "patchB": texts[target].get_bbox_patch(),
-            "shrinkA": 0,
-            "shrinkB": 1,
-            "color": MUTED,
-            "linewidth": 1.1,
-        }
-        ax.annotate("", tuple(places[target]), tuple(places[source]), arrowprops=arrow)
-        if label:
-            x, y = (box[:2] + box[2:]) / 2
-            ax.text(x, y, label, fontsize=8, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}, **style)
-    return ax.figure  # type: ignore[return-value]
-
-
-Graph = Sequence[tuple[str, str, str]]
-Route = tuple[np.ndarray, float, np.ndarray]
-"""The points of an arrow, how much it bends, and the box of its label."""
-
-
-def _places(edges: Graph) -> dict[str, np.ndarray]:
-    """Return where every node stands, in inches."""
-    import networkx as nx
-
-    graph = nx.DiGraph([(source, target) for source, target, _ in edges])
-    if not nx.is_directed_acyclic_graph(graph):
-        return {node: place * len(graph) / 3 for node, place in nx.circular_layout(graph).items()}
-    layers = list(nx.topological_generations(graph))
-    longest = max((len(label) for *_, label in edges), default=0)
-    gap = 0.35 + 0.066 * longest  # room for a label and the head of its arrow
-    beside = 0.95 if longest else 0.5 + 0.08 * max(map(len, graph), default=0)
-    places, x = {}, 0.0
-    for i, layer in enumerate(layers):
-        half = 0.036 * max(map(len, layer)) + 0.09
-        x += half
-        for j, node in enumerate(layer):
-            offset = (j - (len(layer) - 1) / 2) * beside
-            places[node] = np.array([x, -offset] if longest else [offset, -0.5 * i])
-        x += half + gap
-    return places
-
-
-def _box(middle: np.ndarray, text: str, pad: float) -> np.ndarray:
-    """Return left, bottom, right and top of a text, in inches."""
-    half = np.array([0.036 * len(text) + pad, 0.07 + pad])
-    return np.concatenate([middle - half, middle + half])
-
-
-def _routes(edges: Graph, places: Mapping[str, np.ndarray], boxes: dict[str, np.ndarray]) -> list[Route]:
-    """Choose for every edge how to bend: as little as it can without meeting nodes, labels or other arrows.
-
-    The shortest edge chooses first.
-    """
-    t = np.linspace(0, 1, 41)[:, None]
-    found: dict[int, Route] = {}
-    for i in sorted(range(len(edges)), key=lambda i: float(np.linalg.norm(places[edges[i][1]] - places[edges[i][0]]))):
-        source, target, label = edges[i]
-        a, b = places[source], places[target]
-        options: list[tuple[float, Route]] = []
-        for bend in (0, -0.25, 0.25, -0.4, 0.4, -0.55, 0.55, -0.7, 0.7, -0.9, 0.9):
-            control = (a + b) / 2 + bend * np.array([b[1] - a[1], a[0] - b[0]])  # as matplotlib's arc3
-            curve = (1 - t) ** 2 * a + 2 * t * (1 - t) * control + t**2 * b
-            met = {name for name, box in boxes.items() if _inside(curve, box).any()} - {source, target}
-            crossed = sum(_touch(other, curve) for other, _, _ in found.values())
-            cost = 100 * len(met & places.keys()) + 10 * len(met) + crossed + 0.1 * abs(bend)
-            outside = ~(_inside(curve, boxes[source]) | _inside(curve, boxes[target]))
-            seen = curve[outside] if outside.any() else curve
-            for place in (0.5, 0.25, 0.75):
-                box = _box(seen[int(place * len(seen))], label or "-", pad=0.04)
-                clash = 100 * sum(_overlap(box, other) for other in boxes.values())
-                clash += 10 * sum(int(_inside(other, box).any()) for other, _, _ in found.values())
-                options.append((cost + clash + abs(place - 0.5), (curve, bend, box)))
-        _, found[i] = min(options, key=lambda option: option[0])
-        boxes[f"label of {i}"] = found[i][2]
-    return [found[i] for i in range(len(edges))]
-
-
-def _overlap(one: np.ndarray, other: np.ndarray) -> bool:
-    return bool((one[:2] < other[2:]).all() and (other[:2] < one[2:]).all())
-
-
-def _inside(curve: np.ndarray, box: np.ndarray) -> np.ndarray:
-    return np.asarray(((curve > box[:2]) & (curve < box[2:])).all(axis=1))
-
-
-def _touch(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrows come close to each other anywhere but near their ends."""
-    distances = np.linalg.norm(one[6:-6, None] - other[None, 6:-6], axis=2)
-    return bool(distances.min() < 0.1)
-
-
-def word(name: str) -> str:
-    return _WORDS.get(name, name)
-
-
-def short_number(value: float) -> str:
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:#.4g}"

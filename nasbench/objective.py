@@ -63,6 +63,9 @@ class TrialRun:
     runs: Sequence[Mapping[str, float]] = ()
     """The metrics of single training runs, where the trial's are means over several seeds; the objective sets it."""
 
+    supernet: Mapping[str, Any] | None = None
+    """Settings of the supernet that the trial's weights were taken from, if they were; the objective sets it."""
+
 
 class Objective(ABC):
     """Turns an architecture into metrics, all finite numbers."""

@@ -101,7 +101,7 @@ def measure(
     with _unseen():
         twin = copy.deepcopy(model).cpu().eval()
         image = torch.zeros(1, *shape)
-        watch = _Watch(image)
+        watch = Watch(image)
         with watch:  # entered first, so that it sees the very operators that the counter looks up
             macs = _macs(twin, image)
     stored = {id(t): t for t in twin.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}  # shared ones once
@@ -230,7 +230,7 @@ def _forward(model: nn.Module, x: Tensor) -> None:
         ) from error
 
 
-class _Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):
     """Sees every operator of a forward: which have no formula, and how much activation memory is alive after each."""
 
     def __init__(self, image: Tensor) -> None:

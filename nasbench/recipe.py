@@ -17,15 +17,16 @@ from search_spaces.base import nearest
 class Recipe:
     """How a network is trained.
 
-    The learning rate rises linearly over `warmup` epochs, then falls to zero along a cosine, step by step. Weight decay
-    spares norms and biases (parameters of at most one dimension). `momentum` is the first beta of AdamW, which wants an
-    `lr` near 0.001.
+    The learning rate rises linearly over `warmup` epochs, then falls to `lr_end` along a cosine, step by step. Weight
+    decay spares norms and biases (parameters of at most one dimension). `momentum` is the first beta of AdamW, which
+    wants an `lr` near 0.001.
 
     Attributes:
         epochs: passes over the training images.
         batch_size: images per step, over all processes.
         optimizer: ``"sgd"`` or ``"adamw"``.
         warmup: epochs, may be a fraction.
+        auxiliary: weight of the loss of an auxiliary head, for networks that have one (``DARTS(auxiliary=True)``).
         cutout: side in pixels of a square of zeros put on every image; 0 for none.
         drop_path: probability with which a ``DropPath`` drops in the last epoch; it grows linearly from zero.
         clip: largest norm of the whole gradient, or None.
@@ -46,11 +47,13 @@ class Recipe:
     batch_size: int = 128
     optimizer: str = "sgd"
     lr: float = 0.1
+    lr_end: float = 0.0
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
     warmup: float = 0.0
     label_smoothing: float = 0.0
+    auxiliary: float = 0.4
     augment: bool = True
     cutout: int = 0
     drop_path: float = 0.0
@@ -70,7 +73,11 @@ class Recipe:
             known = nearest(self.optimizer, ("sgd", "adamw"))
             raise SettingError(f"recipe: unknown optimizer {self.optimizer!r}; {known}")
         check("lr", is_number(self.lr) and self.lr > 0, "a number above 0")
-        check("weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "a number, 0 or more")
+        below = is_number(self.lr_end) and 0 <= self.lr_end <= self.lr
+        check("lr_end", below, f"a number from 0 to lr={self.lr}")
+        for name in ("weight_decay", "auxiliary"):
+            value = getattr(self, name)
+            check(name, is_number(value) and value >= 0, "a number, 0 or more")
         for name in ("momentum", "label_smoothing", "drop_path"):
             value = getattr(self, name)
             check(name, is_number(value) and 0 <= value < 1, "a number from 0 to below 1")
@@ -135,7 +142,7 @@ class Recipe:
         warm, total = round(self.warmup * steps_per_epoch), self.epochs * steps_per_epoch
         if step < warm:
             return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+        return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
 
 
 def is_number(value: object, kind: type = numbers.Real) -> bool:

@@ -18,10 +18,13 @@ from zlib import crc32
 
 import numpy as np
 
-from nasbench.drawing import COLOURS, draw_arch, draw_front, draw_importances, draw_progress, look, short_number, word
+from nasbench.curves import draw_epochs, is_one_shot
+from nasbench.drawing import draw_front, draw_importances, draw_progress
 from nasbench.errors import SettingError
 from nasbench.files import atomic_write
+from nasbench.graphs import draw
 from nasbench.result import SearchResult, Trial
+from nasbench.style import COLOURS, look, short_number, word
 from search_spaces.base import Arch
 
 if TYPE_CHECKING:
@@ -57,14 +60,14 @@ def write_report(result: SearchResult, path: Path | None = None) -> Path:
 
 def _page(result: SearchResult) -> str:
     objective = result.conditions.get("objective", {})
-    on = f" on {objective['data']['name']}" if objective.get("kind") == "train" else ""
+    on = f" on {objective['data']['name']}" if objective.get("kind") in ("train", "supernet") else ""
     first, several = next(iter(result.objectives)), len(result.objectives) > 1
     with look():
-        progress = _svg(draw_progress(result, first), f"Best {word(first)} so far over finished trials")
         sections = {
             "Pareto front" if several else "Best architectures": _architectures(result),
             "Trials on the front" if several else "Best trials": _best_trials(result),
-            "Progress": progress,
+            "Architecture weights over epochs": _epochs(result),
+            "Progress": "" if is_one_shot(result) else _progress(result, first),
             "Trade-offs": "".join(_trade_offs(result)),
             "What matters": _importances(result),
             "Trials": _counts(result),
@@ -102,6 +105,9 @@ def _summary(result: SearchResult) -> str:
     text += f" tried {_count(len(result.trials), 'architecture')} of {type(result.space).__name__} ({of} in all)"
     if objective.get("kind") == "train":
         text += f", each trained on {objective['data']['name']} for {_count(objective['recipe']['epochs'], 'epoch')}"
+    elif objective.get("kind") == "supernet":
+        text += f", with the shared weights of a supernet trained on {objective['data']['name']}"
+        text += f" for {_count(objective['recipe']['epochs'], 'epoch')}"
     elif objective.get("kind") == "table":
         text += ", each looked up in a table"
     elif objective.get("kind") == "function":
@@ -139,7 +145,7 @@ def _architectures(result: SearchResult) -> str:
     for trial in shown:
         metrics = " · ".join(f"{word(name)} {_metric(trial, name)}" for name in _names([trial], result))
         caption = f"<b>Trial {trial.number}</b> · {escape(metrics)}<br><code>{escape(trial.arch.to_json())}</code>"
-        figure = draw_arch(result.space, trial.arch)
+        figure = draw(result.space, trial.arch)
         width = max(figure.get_figwidth(), 2.1)
         picture = _svg(figure, f"Architecture of trial {trial.number}")
         figures.append(f'<figure style="width:{width:.2f}in">{picture}<figcaption>{caption}</figcaption></figure>')
@@ -158,6 +164,18 @@ def _best_trials(result: SearchResult) -> str:
     if any(len(t.runs) > 1 for t in trials):
         text += "<p>Means of several training runs, ± their standard deviation.</p>"
     return text
+
+
+def _epochs(result: SearchResult) -> str:
+    if not result.epochs:
+        return ""
+    note = "Thicker: the option that leads in the end. Probabilities are shares, which need not decide alone."
+    picture = _svg(draw_epochs(result), "Probability of every option over epochs")
+    return f'<div class="wide">{picture}</div><p>{note}</p>'
+
+
+def _progress(result: SearchResult, name: str) -> str:
+    return _svg(draw_progress(result, name), f"Best {word(name)} so far over finished trials")
 
 
 def _trade_offs(result: SearchResult) -> Iterator[str]:
@@ -275,10 +293,12 @@ svg{max-width:100%;height:auto;display:block}
 svg text{font-family:system-ui,sans-serif!important}
 @media(max-width:34rem){section>svg text{font-size:9.6px!important}}
 .row{display:flex;flex-wrap:wrap;gap:1.5rem}
-figure{margin:0;max-width:100%}
+figure{margin:0;max-width:100%;overflow-x:auto}
+figure svg{max-width:none}
 figcaption b{color:var(--ink)}
 code{font-size:.8rem;overflow-wrap:anywhere}
 .wide{overflow-x:auto}
+.wide>svg{min-width:33rem;max-width:none;width:100%}
 section>svg{width:100%;margin-bottom:1.5rem}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;vertical-align:top;padding:.35rem 1.25rem .35rem 0;border-bottom:1px solid var(--line)}

@@ -22,6 +22,7 @@ from search_spaces.base import Arch, SearchSpace, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 FORMAT = 1
 RESULT = "result.json"
@@ -42,6 +43,7 @@ class Trial:
         copied_from: number of the trial with an equal architecture whose metrics these are.
         finished: place in order of completion, from 0.
         parent, note: what the strategy wanted remembered.
+        supernet: settings of the supernet that its weights were taken from, if they were.
     """
 
     number: int
@@ -55,11 +57,15 @@ class Trial:
     finished: int = 0
     parent: int | None = None
     note: Mapping[str, Any] | None = None
+    supernet: Mapping[str, Any] | None = None
     space: SearchSpace | None = field(default=None, repr=False, compare=False)
     folder: Path | None = field(default=None, repr=False, compare=False)
 
     def build(self, weights: bool = True) -> torch.nn.Module:
         """Return the network with its trained weights, or a fresh one with ``weights=False``; in eval mode if trained.
+
+        The weights of a one-shot search are a sub-network's, which has the supernet's own size and form; a fresh
+        network is the space's.
 
         Raises:
             WeightsError: there are no weights: the trial was looked up in a table, was not among the best, did not
@@ -87,16 +93,31 @@ class Trial:
             )
         from safetensors.torch import load_file
 
-        model = self.space.build(canonical)
+        if self.supernet is None:
+            model = self.space.build(canonical)
+        else:
+            model = self.space.supernet(**self.supernet).extract(self.arch)
         try:
             model.load_state_dict(load_file(path))
         except Exception as error:
             raise WeightsError(f"the weights at {path} do not fit the network: {error}. {advice}") from error
         return model.eval()
 
+    def draw(self) -> Figure:
+        """Draw the architecture as a graph; return the figure."""
+        from nasbench.graphs import draw
+
+        assert self.space is not None
+        return draw(self.space, self.arch)
+
 
 class SearchResult:
     """The trials of a study.
+
+    Attributes:
+        epochs: of a one-shot search, what was recorded of every epoch of its supernet: losses, the probabilities of all
+            options, the architecture they decode to, the number of its skip connections, its true rank where a table
+            was given.
 
     Example:
         >>> import nasbench as nb
@@ -117,12 +138,14 @@ class SearchResult:
         *,
         folder: Path | None = None,
         conditions: Mapping[str, Any] | None = None,
+        epochs: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.space = space
         self.objectives = dict(objectives)
         self.trials = list(trials)
         self.folder = folder
         self.conditions = dict(conditions or {})
+        self.epochs = [dict(epoch) for epoch in epochs]
 
     @property
     def complete(self) -> list[Trial]:
@@ -233,6 +256,7 @@ class SearchResult:
                 "finished": t.finished,
                 "parent": t.parent,
                 "note": t.note,
+                "supernet": t.supernet,
             }
             for t in self.trials
         ]
@@ -243,6 +267,7 @@ class SearchResult:
             "conditions": self.conditions,
             "folder": str(self.folder) if self.folder else None,
             "trials": trials,
+            "epochs": self.epochs,
         }
         return json.dumps(entry, indent=1)
 
@@ -283,7 +308,8 @@ class SearchResult:
                 Trial(**{**t, "arch": space.check(t["arch"]), "runs": tuple(t["runs"])}, space=space, folder=home)
                 for t in entry["trials"]
             ]
-            return cls(space, entry["objectives"], trials, folder=home, conditions=entry["conditions"])
+            epochs = entry.get("epochs", ())
+            return cls(space, entry["objectives"], trials, folder=home, conditions=entry["conditions"], epochs=epochs)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise StudyError(
                 f"this is no saved search result ({type(error).__name__}: {error}). Write one with save()."
@@ -320,6 +346,7 @@ def collect(
     objectives: Mapping[str, str],
     folder: Path | None,
     conditions: Mapping[str, Any],
+    epochs: Sequence[Mapping[str, Any]] = (),
 ) -> SearchResult:
     """Read the finished trials of an Optuna study that a search wrote."""
     states = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
@@ -341,10 +368,11 @@ def collect(
                 seconds=attrs.get("seconds"),
                 reason=attrs.get("violation") or attrs.get("reason") or attrs.get("error"),
                 copied_from=attrs.get("copied_from"),
+                supernet=attrs.get("supernet"),
                 finished=order[t.number],
                 **t.system_attrs.get(PROPOSAL, {}),
                 space=space,
                 folder=folder,
             )
         )
-    return SearchResult(space, objectives, trials, folder=folder, conditions=conditions)
+    return SearchResult(space, objectives, trials, folder=folder, conditions=conditions, epochs=epochs)

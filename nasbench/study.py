@@ -27,8 +27,9 @@ from nasbench.objective import Constraint, FunctionObjective, Objective, TableOb
 from nasbench.recipe import Recipe
 from nasbench.result import RESULT, SearchResult, collect
 from nasbench.storage import environment, open_study, quiet, stored_conditions, study_folder
-from nasbench.strategies import OptunaStrategy, Strategy
-from nasbench.worker import Worker
+from nasbench.strategies import OneShot, OptunaStrategy, Strategy
+from nasbench.supernets import SupernetObjective, read_epochs
+from nasbench.worker import Paused, Worker
 from search_spaces.base import Arch, SearchSpace, nearest
 
 if TYPE_CHECKING:
@@ -45,10 +46,10 @@ _RECIPE = {field.name for field in dataclasses.fields(Recipe)}
 def search(
     space: SearchSpace,
     data: Data | Table | Callable[[Arch], Mapping[str, float]] | Objective,
-    strategy: str | Strategy | OptunaStrategy | BaseSampler = "evolution",
+    strategy: str | Strategy | OptunaStrategy | OneShot | BaseSampler = "evolution",
     *,
     objectives: str | Sequence[str] | Mapping[str, str | None] | None = None,
-    trials: int = 30,
+    trials: int | None = None,
     timeout: float | None = None,
     constraints: str | Sequence[str] = (),
     metrics: str | Sequence[str] = (),
@@ -60,6 +61,7 @@ def search(
     recipe: Recipe | None = None,
     device: str = "auto",
     workers: int = 1,
+    table: Table | tuple[Table, str] | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> SearchResult:
@@ -72,12 +74,14 @@ def search(
         space: what to search. Its `classes` and `in_channels` are taken from the data where they were left out.
         data: images to train on (`nasbench.data.load`), a `Table` to look results up in, or a function from an
             architecture to a mapping of metrics; or an `Objective`.
-        strategy: a name ("evolution", "local_search", "grid", "random", "tpe", "gp", "nsga2", "nsga3"), a strategy, or
-            an Optuna sampler (used as it is: only named strategies resume exactly).
+        strategy: a name, a strategy, or an Optuna sampler (used as it is: only named strategies resume exactly). Names
+            of black-box strategies: "evolution", "top_evolution", "local_search", "grid", "random", "tpe", "gp",
+            "nsga2", "nsga3". Of one-shot strategies, which train one supernet and read architectures from it: "darts",
+            "gdas", "drnas", "pcdarts", "spos".
         objectives: metrics to optimise. A name whose better direction is known, several, or {name: "maximize"}; a
             direction of None is one that the name tells.
             Default with data or a table: "val_accuracy".
-        trials: how many finished trials the study is to have in all.
+        trials: how many finished trials the study is to have in all. Default: 30; a one-shot strategy has its own.
         timeout: seconds after which to stop; the running trial continues in the next call.
         constraints: bounds such as "params<1e6". Parameters and MACs are checked before anything is trained; a
             violator is stored as pruned and does not count.
@@ -89,9 +93,12 @@ def search(
             Default: study.db in the study's folder.
         folder: where study folders lie; a study's is `folder`/NAME.
         seed: of everything random. One worker, interrupted or not, gives the same study for the same seed.
-        recipe: how to train; further keywords that `Recipe` has (`epochs=4`) change it.
+        recipe: how to train; further keywords that `Recipe` has (`epochs=4`) change it. Of a one-shot strategy, how to
+            train the supernet; its default is that of the strategy's paper.
         device: where to train: "auto", "cpu", "cuda:0".
         workers: processes that fill the study side by side; needs a data set that can be loaded again by name.
+        table: for a one-shot strategy, a table of the same space, and perhaps the name of one of its metrics: after
+            each epoch it tells the true rank of the architecture that is decoded. The search learns nothing from it.
         progress: show bars and say where results went.
         **settings: fields of `Recipe`, or settings of a strategy given by name (`population=20`).
 
@@ -109,10 +116,20 @@ def search(
         3
     """
     _check_budget(trials, timeout, workers, seed)
+    table = _reference(table)
     metrics = [metrics] if isinstance(metrics, str) else metrics
     recipe_changes = {k: v for k, v in settings.items() if k in _RECIPE}
     strategy = _strategy(strategy, {k: v for k, v in settings.items() if k not in _RECIPE})
-    space, objective = _objective(space, data, recipe, recipe_changes, seed, device)
+    if isinstance(strategy, OneShot):
+        space, objective = _supernet_objective(space, data, strategy, recipe, recipe_changes, seed, device, table)
+        trials = _one_shot_trials(strategy, trials)
+    elif table is not None:
+        raise SettingError(
+            "table= tells the true rank of what a one-shot strategy decodes: this strategy decodes none."
+        )
+    else:
+        space, objective = _objective(space, data, recipe, recipe_changes, seed, device)
+        trials = 30 if trials is None else trials
     directions = resolve(objectives, objective)
     limits = [Constraint.parse(c) for c in ([constraints] if isinstance(constraints, str) else constraints)]
     _check_metrics([*metrics, *(c.metric for c in limits)], objective)
@@ -140,10 +157,17 @@ def search(
         "trials": trials,
         "environment": environment(),
     }
-    sampler = strategy if isinstance(strategy, BaseSampler) else strategy.sampler(space, seed)
+    if isinstance(strategy, BaseSampler):
+        sampler = strategy
+    elif isinstance(objective, SupernetObjective):
+        sampler = objective.strategy.proposer(objective.decoded).sampler(space, seed)
+    else:
+        assert not isinstance(strategy, OneShot)
+        sampler = strategy.sampler(space, seed)
     home = study_folder(study, storage, Path(folder), space, objective, conditions)
     opened = open_study(study, storage, home, sampler, _pruner(pruner), conditions)
     helpers = [_spawn(opened, storage, home, trials, device) for _ in range(workers - 1)]
+    deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
     worker = Worker(
         opened,
         space,
@@ -152,13 +176,17 @@ def search(
         trials=trials,
         constraints=limits,
         folder=home,
-        deadline=time.monotonic() + (timeout if timeout is not None else float("inf")),
+        deadline=deadline,
         watched=pruner is not None,
         progress=progress,
     )
     try:
         with quiet():
+            if isinstance(objective, SupernetObjective) and worker.unfinished():
+                objective.prepare(home, _alarm(deadline), progress)
             worker.work()
+    except Paused:
+        pass  # time was up while the supernet was in training
     except KeyboardInterrupt:
         print("interrupted: this is the result so far; run the same line again to go on", file=sys.stderr)
     finally:
@@ -168,7 +196,8 @@ def search(
             helper.wait()
         if dist.is_initialized():
             dist.broadcast_object_list([None])
-    result = collect(opened, space, directions, home, conditions)
+    epochs = read_epochs(home) if isinstance(objective, SupernetObjective) else ()
+    result = collect(opened, space, directions, home, conditions, epochs)
     if dist.is_initialized():
         dist.broadcast_object_list([result.to_json()])
     if home is not None:
@@ -184,10 +213,10 @@ def search(
 # From names to objects ---------------------------------------------------------------------------------------------
 
 
-def _check_budget(trials: int, timeout: float | None, workers: int, seed: int) -> None:
+def _check_budget(trials: int | None, timeout: float | None, workers: int, seed: int) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise SettingError(f"seed={seed!r}: a seed is a whole number, 0 or more.")
-    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
+    if trials is not None and (isinstance(trials, bool) or not isinstance(trials, int) or trials < 1):
         raise SettingError(f"trials={trials!r}: a search needs a whole number of trials, at least 1.")
     number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
     if timeout is not None and not (number and timeout > 0):
@@ -197,8 +226,8 @@ def _check_budget(trials: int, timeout: float | None, workers: int, seed: int) -
 
 
 def _strategy(
-    strategy: str | Strategy | OptunaStrategy | BaseSampler, settings: Mapping[str, Any]
-) -> Strategy | OptunaStrategy | BaseSampler:
+    strategy: str | Strategy | OptunaStrategy | OneShot | BaseSampler, settings: Mapping[str, Any]
+) -> Strategy | OptunaStrategy | OneShot | BaseSampler:
     if isinstance(strategy, str):
         own = strategies.settings_of(strategy)
         if strategy not in strategies.SAMPLERS and (unknown := sorted(settings.keys() - own)):
@@ -211,18 +240,76 @@ def _strategy(
             f"search has no setting {next(iter(settings))!r}; {nearest(next(iter(settings)), _RECIPE)} "
             "A strategy that is given as an object carries its own settings."
         )
-    if not isinstance(strategy, Strategy | OptunaStrategy | BaseSampler):
+    if not isinstance(strategy, Strategy | OptunaStrategy | OneShot | BaseSampler):
         raise SettingError(f"strategy is {strategy!r:.80}: give a name, a Strategy or an Optuna sampler.")
     return strategy
+
+
+def _reference(table: Table | tuple[Table, str] | None) -> tuple[Table, str] | None:
+    """Return a table and the metric that ranks its architectures; a test metric where there is one."""
+    from nasbench.table import Table
+
+    if table is None:
+        return None
+    if isinstance(table, Table):
+        names = [name for name in table.metrics if name != "seconds"]
+        return table, min(names, key=lambda name: ("test" not in name, "acc" not in name, names.index(name)))
+    if isinstance(table, tuple) and len(table) == 2 and isinstance(table[0], Table) and isinstance(table[1], str):
+        return table
+    raise SettingError(f"table is {table!r:.80}: give a nasbench.Table, or (table, name of a metric).")
+
+
+def _one_shot_trials(strategy: OneShot, trials: int | None) -> int:
+    if strategy.trials == 1 and trials not in (None, 1):
+        raise SettingError(
+            f"strategy {strategy.name!r} decodes one architecture, but trials={trials}. Leave trials out, or search "
+            'the shared weights with strategy="spos".'
+        )
+    return strategy.trials if trials is None else trials
+
+
+def _supernet_objective(
+    space: SearchSpace,
+    data: Any,
+    strategy: OneShot,
+    recipe: Recipe | None,
+    changes: Mapping[str, Any],
+    seed: int,
+    device: str,
+    table: tuple[Table, str] | None,
+) -> tuple[SearchSpace, Objective]:
+    _check_space(space, recipe)
+    if not isinstance(data, Data):
+        raise SettingError(
+            f"strategy {strategy.name!r} trains a supernet: it needs images, nasbench.data.load(...), not "
+            f"{type(data).__name__}. A table may be given beside them, as table=."
+        )
+    space = space.bind(data)
+    recipe = dataclasses.replace(recipe or strategy.recipe, **changes)
+    return space, SupernetObjective(space, data, strategy, recipe, seed=seed, device=device, table=table)
+
+
+def _alarm(deadline: float) -> Callable[[], None]:
+    """Return a check that ends the training of a supernet when time is up; several processes cannot stop alone."""
+
+    def check() -> None:
+        if time.monotonic() >= deadline and not dist.is_initialized():
+            raise Paused
+
+    return check
+
+
+def _check_space(space: SearchSpace, recipe: Recipe | None) -> None:
+    if not isinstance(space, SearchSpace):
+        raise SettingError(f"space is {space!r:.80}, not a SearchSpace. Try search_spaces.NASBench201().")
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise SettingError(f"recipe is {type(recipe).__name__} {recipe!r:.60}: give a nasbench.Recipe.")
 
 
 def _objective(
     space: SearchSpace, data: Any, recipe: Recipe | None, changes: Mapping[str, Any], seed: int, device: str
 ) -> tuple[SearchSpace, Objective]:
-    if not isinstance(space, SearchSpace):
-        raise SettingError(f"space is {space!r:.80}, not a SearchSpace. Try search_spaces.NASBench201().")
-    if recipe is not None and not isinstance(recipe, Recipe):
-        raise SettingError(f"recipe is {type(recipe).__name__} {recipe!r:.60}: give a nasbench.Recipe.")
+    _check_space(space, recipe)
     if hasattr(space, "objective"):
         return space, space.objective(data, recipe=recipe, seed=seed, device=device, **changes)
     if isinstance(data, Data):
@@ -271,7 +358,7 @@ def _check_combination(strategy: Any, directions: Mapping[str, str], pruner: Any
         raise SettingError("a pruner ends trainings on one rank alone: leave it out where several processes train.")
     if len(directions) > 1:
         raise SettingError(f"a pruner follows one objective, not {', '.join(directions)}. Leave pruner out.")
-    if list(directions) != ["val_accuracy"] or not objective.trains:
+    if list(directions) != ["val_accuracy"] or not isinstance(objective, TrainObjective):
         raise SettingError(
             "a pruner compares validation accuracies between epochs: it needs data and objectives='val_accuracy'."
         )
@@ -362,7 +449,7 @@ def join(
 
 def _follow(objective: Objective, space: SearchSpace) -> SearchResult:
     """On ranks above 0: train what rank 0 announces, then receive its result."""
-    if not isinstance(objective, TrainObjective):
+    if not isinstance(objective, TrainObjective | SupernetObjective):
         raise SettingError("data-parallel processes are for training: start a table or function search in one process.")
     objective.follow()
     message: list[Any] = [None]

@@ -119,6 +119,11 @@ class Worker:
             except (Paused, SpaceExhausted):
                 self._catch_up()
 
+    def unfinished(self) -> bool:
+        """Whether the study has fewer finished trials than it is to have."""
+        self._catch_up()
+        return self.finished < self.trials
+
     # Claiming ------------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -201,6 +206,7 @@ class Worker:
             if original is not None:
                 metrics = dict(original.user_attrs["metrics"])
                 run.runs = original.user_attrs.get("runs", ())
+                run.supernet = original.user_attrs.get("supernet")
                 trial.set_user_attr("copied_from", original.user_attrs.get("copied_from", original.number))
             else:
                 self._check_constraints(self.objective.preview(arch, [c.metric for c in self.constraints]))
@@ -222,6 +228,8 @@ class Worker:
             self.study.tell(trial, state=TrialState.FAIL)
         else:
             trial.set_user_attr("metrics", metrics)
+            if run.supernet is not None:
+                trial.set_user_attr("supernet", dict(run.supernet))
             if len(run.runs) > 0:
                 trial.set_user_attr("runs", [dict(r) for r in run.runs])
             trial.set_user_attr("seconds", round(time.perf_counter() - started, 3))

@@ -7,15 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from search_spaces.base import Arch, ArchError, Mixture, SearchSpace, Supernet, nearest
+    from search_spaces.cells import Genotype
+    from search_spaces.darts import DARTS
     from search_spaces.nasbench201 import NASBench201
+    from search_spaces.nasnet import NASNet
     from search_spaces.resnet import ResNet
 
 __all__ = [
+    "DARTS",
     "SPACES",
     "Arch",
     "ArchError",
+    "Genotype",
     "Mixture",
     "NASBench201",
+    "NASNet",
     "ResNet",
     "SearchSpace",
     "Supernet",
@@ -24,11 +30,16 @@ __all__ = [
 ]
 
 SPACES = {  # name on the command line -> module:class
+    "darts": "search_spaces.darts:DARTS",
     "nasbench201": "search_spaces.nasbench201:NASBench201",
+    "nasnet": "search_spaces.nasnet:NASNet",
     "resnet": "search_spaces.resnet:ResNet",
 }
 _HOMES = dict.fromkeys(("Arch", "ArchError", "Mixture", "SearchSpace", "Supernet", "nearest"), "search_spaces.base") | {
+    "DARTS": "search_spaces.darts",
+    "Genotype": "search_spaces.cells",
     "NASBench201": "search_spaces.nasbench201",
+    "NASNet": "search_spaces.nasnet",
     "ResNet": "search_spaces.resnet",
 }
 

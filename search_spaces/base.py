@@ -265,6 +265,10 @@ class SearchSpace(ABC):
         nodes = ["input", *steps, "output"]
         return [(a, b, "") for a, b in pairwise(nodes)]
 
+    def graphs(self, arch: Arch) -> dict[str, list[tuple[str, str, str]]]:
+        """Return all graphs to draw by title, where an architecture has several cells. Default: `graph`, untitled."""
+        return {"": self.graph(arch)}
+
     def parse(self, text: str) -> Arch:
         """Read an architecture of this space from text: JSON, or a space's own notation."""
         return self.check(Arch.from_json(text))
@@ -444,12 +448,13 @@ class SearchSpace(ABC):
     # Settings ------------------------------------------------------------------------------------------------------
 
     def bind(self, data: Any) -> Self:
-        """Return the space with `classes` and `in_channels` taken from the data where they were left ``None``.
+        """Return the space with `classes`, `in_channels` and any `image_size` taken from the data, if they are ``None``.
 
         Raises:
-            ArchError: the space was made for other classes or channels than the data has.
+            ArchError: the space was made for other classes, channels or sizes than the data has.
         """
-        found = {"classes": getattr(data, "classes", None), "in_channels": getattr(data, "channels", None)}
+        names = {"classes": "classes", "in_channels": "channels", "image_size": "height"}  # here: there
+        found = {own: getattr(data, theirs, None) for own, theirs in names.items()}
         changes = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if (value := found.get(field.name)) is not None:

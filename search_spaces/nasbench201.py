@@ -6,24 +6,28 @@ arXiv:2001.00326.
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from types import MappingProxyType
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from search_spaces.base import Arch, ArchError, Choices, Option, SearchSpace, nearest
+from search_spaces.base import Arch, ArchError, Choices, Mixture, Option, SearchSpace, Supernet, nearest
 from search_spaces.operations import ConvBN, ReLUConvBN
+from search_spaces.relaxed import RelaxedCell, check_settings, prepare
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 # Decision -> (from node, to node), in the order of the benchmark's strings. Node 0 is the cell's input, 3 its output.
 EDGES = {"e01": (0, 1), "e02": (0, 2), "e12": (1, 2), "e03": (0, 3), "e13": (1, 3), "e23": (2, 3)}
 _CHOICES: Choices = MappingProxyType(dict.fromkeys(EDGES, OPERATIONS))
+_EDGE_SITES: Choices = MappingProxyType({"inputs2": ("0", "1"), "inputs3": ("0", "1", "2")})  # node 1 has but one edge
 # Per edge: its piece of an architecture string -> its share of the index.
 _SHARES: list[dict[str, int]] = [
     {f"{op}~{source}": digit * 5 ** (5 - place) for digit, op in enumerate(OPERATIONS)}
@@ -89,32 +93,38 @@ class NASBench201(SearchSpace):
             ArchError: the architecture is not of this space, or the space is not bound to data.
         """
         arch = self.check(arch)
-        self.require("classes", "in_channels")
-        assert self.classes is not None and self.in_channels is not None
-        c = self.channels
+        return _network(self, lambda channels: Cell(arch, channels))
 
-        def stage(width: int) -> nn.Sequential:
-            return nn.Sequential(*(Cell(arch, width) for _ in range(self.cells)))
+    # Shared weights ------------------------------------------------------------------------------------------------
 
-        return nn.Sequential(
-            OrderedDict(
-                stem=ConvBN(self.in_channels, c, kernel=3),
-                stage1=stage(c),
-                reduction1=Reduction(c, 2 * c),
-                stage2=stage(2 * c),
-                reduction2=Reduction(2 * c, 4 * c),
-                stage3=stage(4 * c),
-                head=nn.Sequential(
-                    OrderedDict(
-                        norm=nn.BatchNorm2d(4 * c),
-                        relu=nn.ReLU(),
-                        pool=nn.AdaptiveAvgPool2d(1),
-                        flatten=nn.Flatten(),
-                        linear=nn.Linear(4 * c, self.classes),
-                    )
-                ),
-            )
-        )
+    @property
+    def edge_sites(self) -> Choices:
+        return _EDGE_SITES
+
+    def supernet(
+        self, *, form: str = "fast", recompute: bool = False, partial_channels: int = 1
+    ) -> NASBench201Supernet:
+        """Return a fresh network with all operations on all edges; batch norms of cells have no scale and shift.
+
+        Its sites are the space's decisions. Weights for the edges of nodes 2 and 3 are optional sites (``inputs2``,
+        ``inputs3``, one for each earlier node), as in PC-DARTS.
+
+        Args:
+            form: ``"fast"``, or ``"textbook"``: one operation after the other, to compare with (`RelaxedCell`).
+            recompute: save memory: compute the inside of each cell again in the backward pass.
+            partial_channels: mix only one of so many parts of the channels, as in PC-DARTS.
+
+        Raises:
+            ArchError: a setting is out of range, or the space is not bound to data.
+
+        Example:
+            >>> space = NASBench201(channels=4, cells=1, classes=10, in_channels=1)
+            >>> supernet, arch = space.supernet(), space.at(7)
+            >>> x = torch.randn(2, 1, 8, 8)
+            >>> torch.equal(supernet(x, space.one_hot(arch)), supernet.extract(arch)(x))
+            True
+        """
+        return NASBench201Supernet(self, form=form, recompute=recompute, partial_channels=partial_channels)
 
     # Architecture strings ------------------------------------------------------------------------------------------
 
@@ -266,6 +276,95 @@ def _problem(text: object) -> ArchError:
     return ArchError(f"{problem}. Write one with space.to_string(arch).")
 
 
+def _network(space: NASBench201, make: Callable[[int], nn.Module]) -> nn.Sequential:
+    """Return the benchmark's network of cells that `make` makes by their channels."""
+    space.require("classes", "in_channels")
+    assert space.classes is not None and space.in_channels is not None
+    c = space.channels
+
+    def stage(width: int) -> nn.Sequential:
+        return nn.Sequential(*(make(width) for _ in range(space.cells)))
+
+    return nn.Sequential(
+        OrderedDict(
+            stem=ConvBN(space.in_channels, c, kernel=3),
+            stage1=stage(c),
+            reduction1=Reduction(c, 2 * c),
+            stage2=stage(2 * c),
+            reduction2=Reduction(2 * c, 4 * c),
+            stage3=stage(4 * c),
+            head=nn.Sequential(
+                OrderedDict(
+                    norm=nn.BatchNorm2d(4 * c),
+                    relu=nn.ReLU(),
+                    pool=nn.AdaptiveAvgPool2d(1),
+                    flatten=nn.Flatten(),
+                    linear=nn.Linear(4 * c, space.classes),
+                )
+            ),
+        )
+    )
+
+
+class NASBench201Supernet(Supernet):
+    """All cells of the benchmark in its network, weights shared; made by `NASBench201.supernet`.
+
+    Attributes:
+        network: the benchmark's network, a `RelaxedCell` in place of each cell.
+    """
+
+    space: NASBench201
+
+    def __init__(self, space: NASBench201, *, form: str, recompute: bool, partial_channels: int) -> None:
+        super().__init__(space)
+        check_settings("NASBench201", form, partial_channels, space.channels)
+
+        def make(channels: int) -> RelaxedCell:
+            return RelaxedCell(
+                EDGES,
+                OPERATIONS,
+                _operation,
+                channels,
+                outputs=(3,),
+                node_sites={2: "inputs2", 3: "inputs3"},
+                form=form,
+                recompute=recompute,
+                partial_channels=partial_channels,
+            )
+
+        self.network = _network(space, make)
+
+    def forward(self, x: Tensor, mixture: Mixture) -> Tensor:
+        mixture = prepare(self.space, mixture, x)
+        for name, module in self.network.named_children():
+            if name.startswith("stage"):
+                for cell in module.children():
+                    x = cell(mixture, x)
+            else:
+                x = module(x)
+        return x
+
+    def extract(self, arch: Arch) -> nn.Module:
+        arch = self.space.check(arch)
+        children: OrderedDict[str, nn.Module] = OrderedDict()
+        for name, module in self.network.named_children():
+            if name.startswith("stage"):
+                children[name] = nn.Sequential(*(Cell.of(cell, arch) for cell in module.children()))
+            else:
+                children[name] = copy.deepcopy(module)
+        network = nn.Sequential(children)
+        return network.train(self.training)
+
+
+def _operation(name: str, channels: int, stride: int) -> nn.Module:
+    """An operation of a supernet's cell; it is never strided."""
+    if name == "skip_connect":
+        return nn.Identity()
+    if name == "avg_pool_3x3":
+        return nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+    return ReLUConvBN(channels, channels, kernel=3 if name == "nor_conv_3x3" else 1, affine=False)
+
+
 class Cell(nn.ModuleDict):
     """One cell, its operations named by their edges: (B, C, H, W) to the same shape.
 
@@ -284,6 +383,17 @@ class Cell(nn.ModuleDict):
                 self[decision] = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
         self.plan = tuple(_plan(arch))
 
+    @classmethod
+    def of(cls, relaxed: RelaxedCell, arch: Arch) -> Self:
+        """Return the cell that has copies of a relaxed cell's operations."""
+        cell = cls(Arch(dict.fromkeys(EDGES, "none")), relaxed.channels)
+        partial = relaxed.partial_channels > 1  # then a skip shuffles channels
+        for decision in EDGES:
+            if (name := str(arch[decision])) != "none" and (partial or name != "skip_connect"):
+                cell[decision] = copy.deepcopy(relaxed.chosen(decision, name))
+        cell.plan = tuple(_plan(arch, partial))
+        return cell
+
     def forward(self, x: Tensor) -> Tensor:
         states = {0: x}
         for node, edges in self.plan:
@@ -295,8 +405,11 @@ class Cell(nn.ModuleDict):
         return states[3]
 
 
-def _plan(arch: Arch) -> Iterator[tuple[int, tuple[tuple[int, str | None], ...]]]:
-    """Yield (node, its edges) for the nodes to compute, in order; an edge is (source, decision), or None for a skip."""
+def _plan(arch: Arch, skips: bool = False) -> Iterator[tuple[int, tuple[tuple[int, str | None], ...]]]:
+    """Yield (node, its edges) for the nodes to compute, in order; an edge is (source, decision), or None for a skip.
+
+    With `skips` a skip is an operation like others.
+    """
     incoming: dict[int, list[tuple[int, str]]] = {0: [], 1: [], 2: [], 3: []}
     nonzero = {0}
     for decision, (source, node) in EDGES.items():
@@ -309,7 +422,7 @@ def _plan(arch: Arch) -> Iterator[tuple[int, tuple[tuple[int, str | None], ...]]
             needed.update(source for source, _ in incoming[node])
     for node in (1, 2, 3):
         if node in needed:
-            yield node, tuple((s, None if arch[d] == "skip_connect" else d) for s, d in incoming[node])
+            yield node, tuple((s, None if arch[d] == "skip_connect" and not skips else d) for s, d in incoming[node])
 
 
 class Reduction(nn.Module):

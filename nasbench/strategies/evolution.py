@@ -150,3 +150,65 @@ class _Classes:
 def canonical_archs(space: SearchSpace) -> _Classes:
     """Return one valid architecture for each canonical class of the space, in the order of `space.index`."""
     return _Classes(space)
+
+
+@dataclass(frozen=True)
+class TopEvolution(Strategy):
+    """Evolution from the best of all: each generation is half crossovers and half mutations of the `parents` best.
+
+    The first `population` architectures are random. What was tried is not tried again, unless fifty draws find nothing
+    new.
+
+    Args:
+        population: architectures in a generation.
+        parents: how many of the best so far may be parents.
+        mutation: probability with which a mutation changes each decision.
+
+    Raises:
+        SettingError: a setting out of range.
+
+    Example:
+        >>> from search_spaces import NASBench201
+        >>> arch = TopEvolution().propose(NASBench201(), History(), Random(0))
+        >>> arch in NASBench201()
+        True
+
+    Source: Guo et al., Single Path One-Shot Neural Architecture Search, ECCV 2020, arXiv:1904.00420, algorithm 1.
+    """
+
+    population: int = 50
+    parents: int = 10
+    mutation: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.population < 2 or not 1 <= self.parents <= self.population:
+            raise SettingError(
+                f"population={self.population} and parents={self.parents}: a generation has 2 architectures or more, "
+                "and of these at least one parent."
+            )
+        if not 0 < self.mutation <= 1:
+            raise SettingError(f"mutation={self.mutation}: a probability above 0, at most 1.")
+
+    def propose(self, space: SearchSpace, history: History, rng: Random) -> Arch:
+        seen = history.tried | set(history.pending)
+        generation = len(history) // self.population * self.population  # parents are those of whole generations
+        for _ in range(50):
+            child = self._draw(space, history, generation, rng)
+            if child not in seen:
+                break
+        return child
+
+    def _draw(self, space: SearchSpace, history: History, generation: int, rng: Random) -> Arch:
+        if generation == 0:
+            return space.sample(rng)
+        best = sorted(history[:generation], key=lambda trial: -trial.score)[: self.parents]
+        if rng.random() < 0.5:
+            return space.crossover(rng.choice(best).arch, rng.choice(best).arch, rng)
+        return self._mutate(space, rng.choice(best).arch, rng)
+
+    def _mutate(self, space: SearchSpace, arch: Arch, rng: Random) -> Arch:
+        for _ in range(1000):
+            changes = {d: rng.choice(options) for d, options in space.choices.items() if rng.random() < self.mutation}
+            if space.is_valid(child := arch | changes) and changes:
+                return child
+        return space.mutate(arch, rng)

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import nasbench as nb
-from nasbench import drawing
-from nasbench.drawing import draw_arch, draw_importances, draw_search
+from nasbench import drawing, style
+from nasbench.drawing import draw_importances, draw_search
 from nasbench.report import write_report
 from nasbench.result import SearchResult, Trial
-from search_spaces import Arch, ArchError, NASBench201, ResNet, SearchSpace
+from search_spaces import Arch, NASBench201, ResNet, SearchSpace
 
 SPACE = ResNet()
 
@@ -154,7 +154,7 @@ def test_a_figure_shows_itself_without_pyplot_and_leaves_no_style(monkeypatch: p
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # to import it is an error now
     before = dict(matplotlib.rcParams)
     figure: Any = draw_search(SearchResult(SPACE, {"score": "maximize"}, MIXED))
-    draw_arch(SPACE, SPACE.at(3))
+    nb.draw(SPACE, SPACE.at(3))
     image, size = figure._repr_png_()
     assert image.startswith(b"\x89PNG")
     assert size == {"width": 560, "height": 300}
@@ -167,103 +167,6 @@ def test_a_users_own_style_does_not_show(tmp_path: Path) -> None:
     with matplotlib.rc_context({"axes.facecolor": "black", "text.color": "white", "axes.grid": False}):
         result.plot(tmp_path / "dark.png")
     assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "dark.png").read_bytes()
-
-
-# Architectures -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Drawn(SearchSpace):
-    """One architecture, drawn as it is told."""
-
-    edges: tuple[tuple[str, str, str], ...]
-
-    @property
-    def choices(self) -> Mapping[str, tuple[int, ...]]:
-        return {"only": (0,)}
-
-    def build(self, arch: Arch) -> nn.Module:
-        return nn.Identity()
-
-    def graph(self, arch: Arch) -> list[tuple[str, str, str]]:
-        return list(self.edges)
-
-
-def texts(figure: Figure) -> list[str]:
-    return sorted(text.get_text() for text in figure.axes[0].texts if text.get_text())
-
-
-def bends(figure: Figure) -> list[float]:
-    """How much each arrow bends, in the order of the edges."""
-    arrows = [getattr(text, "arrow_patch", None) for text in figure.axes[0].texts]
-    return [arrow.get_connectionstyle().rad for arrow in arrows if arrow is not None]
-
-
-def test_a_cell_is_drawn_without_none() -> None:
-    space = NASBench201()
-    arch = space.parse("|nor_conv_3x3~0|+|none~0|skip_connect~1|+|avg_pool_3x3~0|none~1|nor_conv_1x1~2|")
-    figure = draw_arch(space, arch)
-    expected = ["1", "2", "avg_pool_3x3", "input", "nor_conv_1x1", "nor_conv_3x3", "output", "skip_connect"]
-    assert texts(figure) == expected
-    assert len(bends(figure)) == 4
-
-
-def test_arrows_bend_around_nodes_only() -> None:
-    # e01, e02, e12, e03, e13, e23: the nodes of a full cell stand in a row, and three edges pass over one
-    straight = [bend == 0 for bend in bends(draw_arch(NASBench201(), NASBench201().at(15624)))]
-    assert straight == [True, False, True, False, False, True]
-
-
-def test_parallel_edges_bend_apart() -> None:
-    space = Drawn((("a", "b", "one"), ("a", "b", "two"), ("a", "b", ""), ("a", "b", "")))
-    assert len(set(bends(draw_arch(space, space.at(0))))) == 4
-
-
-def test_labels_do_not_lie_on_each_other() -> None:
-    space = NASBench201()
-    for index in (15624, 4444, 11718):
-        figure = draw_arch(space, space.at(index))
-        figure.canvas.draw()
-        boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
-        assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
-        page = figure.bbox
-        assert all(page.x0 <= b.x0 and b.x1 <= page.x1 and page.y0 <= b.y0 and b.y1 <= page.y1 for b in boxes)
-
-
-def test_a_chain_without_labels_runs_down() -> None:
-    figure = draw_arch(SPACE, SPACE.at(0))
-    places = {t.get_text(): t.get_position() for t in figure.axes[0].texts if t.get_text()}
-    assert [x for x, _ in places.values()] == [places["input"][0]] * 8
-    assert places["input"][1] > places["depth0 = 1"][1] > places["output"][1]
-
-
-@pytest.mark.parametrize(
-    ("edges", "shown"),
-    [
-        ((), ["no operations"]),
-        ((("a", "b", "x"), ("b", "a", "y")), ["a", "b", "x", "y"]),
-        ((("a", "a", "x"), ("a", "b", "$y$ & <b>")), ["$y$ & <b>", "a", "b", "x"]),
-    ],
-    ids=["empty", "cycle", "loop"],
-)
-def test_odd_graphs_are_drawn(edges: tuple[tuple[str, str, str], ...], shown: list[str]) -> None:
-    space = Drawn(edges)
-    figure = draw_arch(space, space.at(0))
-    figure.canvas.draw()
-    assert texts(figure) == shown
-
-
-def test_an_architecture_is_drawn_into_axes_that_are_given() -> None:
-    figure = Figure()
-    axes = figure.subplots(1, 2)
-    assert draw_arch(SPACE, SPACE.at(0), ax=axes[1]) is figure
-    assert not axes[0].texts
-    assert axes[1].texts
-
-
-def test_a_foreign_architecture_is_refused() -> None:
-    with pytest.raises(ArchError, match="NASBench201 needs 'e01'"):
-        draw_arch(NASBench201(), SPACE.at(0))
 
 
 # Importances -------------------------------------------------------------------------------------------------------
@@ -464,7 +367,7 @@ def test_the_same_result_gives_the_same_page_and_its_colours_follow_the_reader(t
     text = write_report(result, tmp_path / "one.html").read_text()
     assert text == write_report(SearchResult.from_json(result.to_json()), tmp_path / "two.html").read_text()
     assert "prefers-color-scheme:dark" in text
-    for colour in (drawing.INK, drawing.MUTED, drawing.LINE, drawing.ACCENT, drawing.PAPER):
+    for colour, _ in style.COLOURS.values():
         assert text.count(colour) == 1  # in the style sheet only
 
 
@@ -491,3 +394,48 @@ def test_the_page_lies_in_the_studys_folder(tmp_path: Path) -> None:
 def test_without_a_folder_a_path_is_needed() -> None:
     with pytest.raises(nb.SettingError, match="no folder for a report. Name a file: result.report"):
         write_report(SearchResult(SPACE, {"score": "maximize"}, MIXED))
+
+
+# One-shot searches -------------------------------------------------------------------------------------------------
+
+
+def one_shot(*, epochs: int = 3) -> SearchResult:
+    space = NASBench201()
+    trial = Trial(0, space.at(9), "complete", {"val_accuracy": 0.9}, space=space)
+    recipe, data = {"epochs": 50}, {"name": "digits"}
+    conditions = {"strategy": {"name": "darts"}, "objective": {"kind": "supernet", "data": data, "recipe": recipe}}
+    rows = [
+        {"epoch": e, "probabilities": dict.fromkeys(space.sites, [0.2] * 5), "rank": e} for e in range(1, epochs + 1)
+    ]
+    return SearchResult(space, {"val_accuracy": "maximize"}, [trial], conditions=conditions, epochs=rows)
+
+
+def test_the_page_of_a_one_shot_search_shows_its_epochs_instead_of_one_trial(tmp_path: Path) -> None:
+    page = page_of(one_shot(), tmp_path)
+    said = (
+        "tried 1 architecture of NASBench201 (15,625 in all), with the shared weights of a supernet trained on digits"
+    )
+    assert f"{said} for 50 epochs. Sought: highest validation accuracy. Found: 0.9000, in trial 0." in page.text
+    assert "Search of NASBench201 on digits" in page.text
+    assert "Architecture weights over epochs" in page.text
+    assert "true rank of the choice" in page.text
+    assert "Progress" not in page.text
+    assert page.tags.count("svg") == 2  # the architecture and its epochs
+
+
+def test_the_plot_of_a_one_shot_search_is_its_epochs() -> None:
+    result = one_shot()
+    assert draw_search(result).axes[0].get_title(loc="left") == "e01"
+    second = replace(result.trials[0], number=1, finished=1)
+    several = SearchResult(result.space, result.objectives, [*result.trials, second], epochs=result.epochs)
+    assert draw_search(several).axes[0].get_xlabel() == "finished trials"
+
+
+def test_the_page_of_several_trials_with_epochs_shows_both(tmp_path: Path) -> None:
+    result = one_shot()
+    second = replace(result.trials[0], number=1, finished=1)
+    text = page_of(
+        SearchResult(result.space, result.objectives, [*result.trials, second], epochs=result.epochs), tmp_path
+    ).text
+    assert "Architecture weights over epochs" in text
+    assert "Progress" in text

@@ -23,7 +23,9 @@ from search_spaces import SPACES, ArchError, SearchSpace, space
 
 # Small settings, where the default network is large.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "darts": {"channels": 4, "cells": 3},
     "nasbench201": {"channels": 4, "cells": 1},
+    "nasnet": {"filters": 4, "repeats": 1},
     "resnet": {"depths": (1, 2), "widths": (4, 8)},
 }
 DATA = SimpleNamespace(classes=5, channels=2)

@@ -46,7 +46,11 @@ def test_space_by_name_and_by_path() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "problem"),
     [
-        ("nasbench21", {}, r"no search space 'nasbench21'; did you mean 'nasbench201'\? Known: nasbench201, resnet"),
+        (
+            "nasbench21",
+            {},
+            r"no search space 'nasbench21'; did you mean 'nasbench201' .*Known: darts, nasbench201, nasnet, resnet",
+        ),
         ("no.such.module:Space", {}, "cannot load the search space 'no.such.module:Space': No module named 'no'"),
         ("search_spaces.resnet:ResNets", {}, "cannot load .* has no attribute 'ResNets'"),
         (":ResNet", {}, "cannot load the search space ':ResNet'"),

@@ -1,0 +1,217 @@
+"""The two steps of a one-shot search as functions: weights on training images, architecture on validation images.
+
+Neither the weights nor a buffer of the supernet are changed by an architecture step, to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from search_spaces.base import Mixture, Supernet
+
+Batch = tuple[Tensor, Tensor]
+Mix = Callable[[], Mixture]
+"""Gives the mixture of one forward, differentiable in the architecture weights."""
+
+PERTURBATION = 0.01
+"""Length of the finite difference's step in weight space, divided by the norm of the validation gradient."""
+
+
+def weight_gradients(supernet: Supernet, mixture: Mixture, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Set the gradients of the weights that the mixture uses, averaged over processes; return loss and logits."""
+    x, y = batch
+    for parameter in supernet.parameters():
+        parameter.grad = None
+    logits = supernet(x, _constant(mixture))
+    loss = F.cross_entropy(logits, y)
+    loss.backward()
+    average([p.grad for p in supernet.parameters() if p.grad is not None])
+    return loss.detach(), logits.detach()
+
+
+def first_order(
+    supernet: Supernet, mix: Mix, architecture: Sequence[Tensor], batch: Batch, penalty: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the validation loss, and its gradient with respect to the architecture weights for weights held fixed.
+
+    Nothing is computed for the weights: they do not ask for gradients meanwhile.
+
+    Args:
+        architecture: the architecture weights, leaves that `mix` depends on.
+        batch: validation images and labels.
+        penalty: added to the loss, a function of the architecture weights.
+    """
+    with _still(supernet), _fixed(supernet):
+        loss = _loss(supernet, mix, batch)
+        total = loss if penalty is None else loss + penalty.to(loss.device)
+        gradients = _gradients(total, architecture)
+    average(gradients)
+    return loss.detach(), gradients
+
+
+def second_order(
+    supernet: Supernet,
+    mix: Mix,
+    architecture: Sequence[Tensor],
+    train: Batch,
+    val: Batch,
+    optimizer: torch.optim.Optimizer,
+    penalty: Tensor | None = None,
+    *,
+    exact: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the validation loss after one step on the training batch, and its gradient through that step.
+
+    The step is w' = w - lr (momentum * buffer + gradient + decay * w), with the optimizer's present learning rate and
+    buffers. The gradient is that of L_val(w', a) with respect to a, minus lr times the mixed second derivative of
+    L_train at w, applied to the gradient v of L_val at w'.
+
+    Args:
+        optimizer: plain SGD of the supernet's weights.
+        exact: take the mixed second derivative by differentiating twice; else by a central finite difference over a
+            step of 0.01 / |v| along v, as published. ReLUs and max pools have kinks, which the first does not see and
+            the second averages over: the two can be far apart.
+
+    Source: Liu et al., DARTS, ICLR 2019, arXiv:1806.09055, equations 7 and 8. The authors' code copies the model and
+    adds and subtracts the steps, which rounds; we put the very weights back.
+    """
+    weights = [parameter for parameter in supernet.parameters() if parameter.requires_grad]
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    with _still(supernet):
+        (step,) = {group["lr"] for group in optimizer.param_groups}
+        with torch.no_grad():
+            kept = [weight.clone() for weight in weights]
+        moves = _gradients(_loss(supernet, lambda: _constant(mix()), train), weights)
+        average(moves)
+        with torch.no_grad():
+            for weight, move in zip(weights, moves, strict=True):
+                group = groups[id(weight)]
+                move.add_(weight, alpha=group["weight_decay"])
+                buffer = optimizer.state.get(weight, {}).get("momentum_buffer")
+                if buffer is not None:
+                    move.add_(buffer, alpha=group["momentum"])
+        try:
+            _move(weights, moves, -step)
+            loss = _loss(supernet, mix, val)
+            total = loss if penalty is None else loss + penalty.to(loss.device)
+            both = _gradients(total, [*architecture, *weights])
+            direct, v = both[: len(architecture)], both[len(architecture) :]
+            average(v)
+            _restore(weights, kept)
+            if exact:
+                inner = torch.autograd.grad(
+                    _loss(supernet, mix, train), weights, create_graph=True, materialize_grads=True
+                )
+                product = torch.stack([(a * b).sum() for a, b in zip(inner, v, strict=True)]).sum()
+                mixed = _gradients(product, architecture)
+            else:
+                epsilon = PERTURBATION / float(nn.utils.get_total_norm(v))
+                sides = []
+                with _fixed(supernet):
+                    for sign in (1, -1):
+                        _move(weights, v, sign * epsilon)
+                        sides.append(_gradients(_loss(supernet, mix, train), architecture))
+                        _restore(weights, kept)
+                mixed = [(plus - minus) / (2 * epsilon) for plus, minus in zip(*sides, strict=True)]
+        finally:
+            _restore(weights, kept)
+    gradients = [first - step * second for first, second in zip(direct, mixed, strict=True)]
+    average(gradients)
+    return loss.detach(), gradients
+
+
+def dominant_eigenvalue(
+    supernet: Supernet, mix: Mix, architecture: Sequence[Tensor], batch: Batch, rng: torch.Generator, steps: int = 20
+) -> float:
+    """Return the eigenvalue of largest size of the validation loss's Hessian in the architecture weights.
+
+    By power iteration with exact products. As it grows during a search, the cell it finds gets worse at evaluation.
+
+    Source: Zela et al., Understanding and Robustifying Differentiable Architecture Search, ICLR 2020, arXiv:1909.09656.
+    They build the whole Hessian; we iterate.
+    """
+    with _still(supernet), _fixed(supernet):
+        gradients = torch.autograd.grad(
+            _loss(supernet, mix, batch), architecture, create_graph=True, materialize_grads=True
+        )
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        vector = torch.randn(len(flat), generator=rng).to(flat)
+        value = torch.zeros((), dtype=flat.dtype)
+        for _ in range(steps):
+            vector = vector / vector.norm()
+            product = torch.autograd.grad(flat @ vector, architecture, retain_graph=True, materialize_grads=True)
+            image = torch.cat([part.flatten() for part in product])
+            value, vector = vector @ image, image
+            if not float(image.norm()) > 0:
+                break
+    return float(value)
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Average tensors over the processes of a data-parallel search, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1 and tensors:
+        for kind in {(t.dtype, t.device) for t in tensors}:
+            own = [t for t in tensors if (t.dtype, t.device) == kind]
+            flat = torch.cat([t.flatten() for t in own])
+            place = flat.device
+            if dist.get_backend() == "nccl" and place.type == "cpu":  # architecture weights live on the host
+                flat = flat.cuda()
+            dist.all_reduce(flat)
+            flat = flat.to(place).div_(dist.get_world_size())
+            parts = flat.split([t.numel() for t in own])
+            torch._foreach_copy_(own, [part.view_as(t) for part, t in zip(parts, own, strict=True)])
+
+
+def _loss(supernet: Supernet, mix: Mix, batch: Batch) -> Tensor:
+    return F.cross_entropy(supernet(batch[0], mix()), batch[1])
+
+
+def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, inputs, materialize_grads=True))
+
+
+def _constant(mixture: Mixture) -> Mixture:
+    return Mixture({site: weights.detach() for site, weights in mixture.items()}, mixture.active)
+
+
+def _move(weights: Sequence[Tensor], along: Sequence[Tensor], factor: float) -> None:
+    with torch.no_grad():
+        torch._foreach_add_(list(weights), list(along), alpha=factor)
+
+
+def _restore(weights: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        torch._foreach_copy_(list(weights), list(kept))
+
+
+@contextmanager
+def _still(supernet: Supernet) -> Iterator[None]:
+    """Let batch norms use batch statistics as in training, but record none."""
+    norms = [m for m in supernet.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@contextmanager
+def _fixed(supernet: Supernet) -> Iterator[None]:
+    """Let the weights ask for no gradient."""
+    weights = [parameter for parameter in supernet.parameters() if parameter.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)

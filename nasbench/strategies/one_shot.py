@@ -1,0 +1,252 @@
+"""One-shot strategies: one supernet is trained, and architectures are read from it with the weights they share in it.
+
+A `Differentiable` strategy also learns architecture weights, on a half of the training images that the weights do not
+see, and decodes one architecture. `SinglePath` trains uniformly drawn paths and leaves the choice to evolution.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from nasbench.errors import SettingError, SpaceExhausted
+from nasbench.recipe import Recipe
+from nasbench.strategies.base import History, Strategy
+from nasbench.strategies.evolution import TopEvolution
+from nasbench.strategies.relaxation import Dirichlet, Gumbel, Relaxation, Softmax
+from search_spaces.base import Arch, Choices, Mixture, SearchSpace, nearest
+
+
+class OneShot(ABC):
+    """How a supernet is trained and how architectures are then chosen: a frozen dataclass of settings.
+
+    Example:
+        >>> strategy = ONE_SHOT["gdas"].replace(tau=5.0)
+        >>> strategy.name, strategy.relaxation, strategy.recipe.epochs
+        ('gdas', Gumbel(tau=5.0, tau_end=0.1), 250)
+    """
+
+    name: str
+    recipe: Recipe
+    """How the supernet's weights are trained, unless the search says otherwise."""
+    trials: int
+    """Architectures that a search evaluates with shared weights, unless it says otherwise."""
+
+    @abstractmethod
+    def sites(self, space: SearchSpace) -> Choices:
+        """Return the sites that have architecture weights; none if paths are drawn uniformly."""
+
+    @abstractmethod
+    def supernet(self) -> dict[str, Any]:
+        """Return the settings for ``space.supernet(...)``."""
+
+    @abstractmethod
+    def mix(self, space: SearchSpace, logits: Mapping[str, Tensor], progress: float, rng: torch.Generator) -> Mixture:
+        """Return the mixture of one forward; see `Relaxation.mix`."""
+
+    @abstractmethod
+    def proposer(self, decode: Callable[[], Arch]) -> Strategy:
+        """Return what proposes architectures once the supernet is trained; `decode` gives the one it has learned."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the JSON-able settings a study is checked against; the recipe is the objective's."""
+        found = dataclasses.asdict(self)  # type: ignore[call-overload]
+        for name in ("name", "recipe"):
+            del found[name]
+        return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+    def replace(self, **changes: Any) -> Self:
+        """Return the strategy with some settings changed, those of its relaxation included.
+
+        Raises:
+            SettingError: no such setting, or a bad value.
+        """
+        own = settings_of(self)
+        if unknown := sorted(changes.keys() - own):
+            raise SettingError(f"strategy {self.name!r} has no setting {unknown[0]!r}; {nearest(unknown[0], own)}")
+        relaxation = getattr(self, "relaxation", None)
+        if relaxation is not None:
+            inner = {f.name for f in dataclasses.fields(relaxation)}
+            if mine := {name: changes.pop(name) for name in list(changes) if name in inner}:
+                changes["relaxation"] = dataclasses.replace(relaxation, **mine)
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Differentiable(OneShot):
+    """Learn weights and architecture weights in turns, then keep the options that weigh most.
+
+    Each step takes a batch of each half of the training images: first the architecture weights move along the gradient
+    of the loss on the one (Adam), then the network's weights on the other.
+
+    Args:
+        name: the strategy's name.
+        relaxation: how architecture weights become a mixture.
+        recipe: how weights are trained.
+        second_order: differentiate through the next weight step; `Softmax` alone.
+        hessian: of second order, "finite" (difference, as published) or "exact" (differentiating twice).
+        arch_lr: learning rate of Adam, whose betas are 0.5 and 0.999.
+        arch_weight_decay: of Adam.
+        arch_start: share of the epochs in which only the weights learn.
+        partial_channels: send one in so many channels through the mixtures and pass the others by; 1 sends all.
+        edge_weights: learn a weight for each incoming edge of a node too.
+        stop_skips: stop before an architecture with so many skip connections is chosen (in its normal cell, where a
+            space has one), or None.
+        stop_eigenvalue: stop when the largest eigenvalue of the validation loss's Hessian in the architecture weights
+            has grown by a third within five epochs, and go back to where it began.
+        form: "fast", or "textbook": one operation after the other.
+        recompute: keep no activations inside of cells, but compute them again in the backward pass.
+
+    Raises:
+        SettingError: a value out of range, or second order with random draws.
+
+    Source: DARTS+ (Liang et al. 2019, arXiv:1909.06035) for `stop_skips`; Zela et al., ICLR 2020, arXiv:1909.09656, for
+    `stop_eigenvalue`; `Relaxation` names those of the methods.
+    """
+
+    name: str
+    relaxation: Relaxation
+    recipe: Recipe
+    second_order: bool = False
+    hessian: str = "finite"
+    arch_lr: float = 3e-4
+    arch_weight_decay: float = 1e-3
+    arch_start: float = 0.0
+    partial_channels: int = 1
+    edge_weights: bool = False
+    stop_skips: int | None = None
+    stop_eigenvalue: bool = False
+    form: str = "fast"
+    recompute: bool = False
+    trials: int = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        for name, good, rule in (
+            ("hessian", self.hessian in ("finite", "exact"), '"finite" or "exact"'),
+            ("arch_lr", self.arch_lr > 0, "a number above 0"),
+            ("arch_weight_decay", self.arch_weight_decay >= 0, "a number, 0 or more"),
+            ("arch_start", 0 <= self.arch_start < 1, "a share of the epochs, 0 or more and below 1"),
+            ("partial_channels", type(self.partial_channels) is int and self.partial_channels >= 1, "1 or more"),
+            ("stop_skips", self.stop_skips is None or self.stop_skips >= 1, "1 or more, or None"),
+            ("form", self.form in ("fast", "textbook"), '"fast" or "textbook"'),
+        ):
+            if not good:
+                raise SettingError(f"strategy {self.name!r}: {name}={getattr(self, name)!r}, but it must be {rule}.")
+        if self.second_order and self.relaxation.sampled:
+            raise SettingError(
+                f"strategy {self.name!r} draws its mixtures at random: a step ahead would be that of another draw. "
+                'Leave second_order out, or use strategy="darts".'
+            )
+        if self.hessian == "exact" and not self.second_order:
+            raise SettingError('hessian="exact" is about the second order: add second_order=True.')
+
+    def sites(self, space: SearchSpace) -> Choices:
+        if self.edge_weights and not space.edge_sites:
+            raise SettingError(
+                f"strategy {self.name!r} learns a weight for every edge, but {type(space).__name__} has no edge sites. "
+                "Use edge_weights=False, or a space of cells such as DARTS."
+            )
+        return {**space.sites, **(space.edge_sites if self.edge_weights else {})}
+
+    def supernet(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"form": self.form, "recompute": self.recompute}
+        return found | {"partial_channels": self.partial_channels}
+
+    def mix(self, space: SearchSpace, logits: Mapping[str, Tensor], progress: float, rng: torch.Generator) -> Mixture:
+        return self.relaxation.mix(logits, progress, rng)
+
+    def proposer(self, decode: Callable[[], Arch]) -> Strategy:
+        return Decoded(decode)
+
+
+@dataclass(frozen=True)
+class SinglePath(OneShot):
+    """Train one uniformly drawn path at each step, then let evolution search with the shared weights.
+
+    All training images train the weights; candidates are scored on the validation images.
+
+    Args:
+        name: the strategy's name.
+        recipe: how weights are trained.
+        population, parents, mutation: of the evolution that follows; see `TopEvolution`.
+        recompute: keep no activations inside of cells, but compute them again in the backward pass.
+
+    Source: Guo et al., Single Path One-Shot Neural Architecture Search with Uniform Sampling, ECCV 2020,
+    arXiv:1904.00420.
+    """
+
+    name: str
+    recipe: Recipe
+    population: int = 50
+    parents: int = 10
+    mutation: float = 0.1
+    recompute: bool = False
+    trials: int = field(default=1000, init=False)
+
+    def __post_init__(self) -> None:
+        TopEvolution(self.population, self.parents, self.mutation)  # says what is wrong with them
+
+    def sites(self, space: SearchSpace) -> Choices:
+        return {}
+
+    def supernet(self) -> dict[str, Any]:
+        return {"recompute": self.recompute}
+
+    def mix(self, space: SearchSpace, logits: Mapping[str, Tensor], progress: float, rng: torch.Generator) -> Mixture:
+        return space.one_hot(space.sample(Random(int(torch.randint(2**62, (), generator=rng)))))
+
+    def proposer(self, decode: Callable[[], Arch]) -> Strategy:
+        return TopEvolution(self.population, self.parents, self.mutation)
+
+
+@dataclass(frozen=True)
+class Decoded(Strategy):
+    """Propose the one architecture that a supernet has learned, once."""
+
+    decode: Callable[[], Arch]
+
+    def propose(self, space: SearchSpace, history: History, rng: Random) -> Arch:
+        arch = self.decode()
+        if arch in history.tried:
+            raise SpaceExhausted("the supernet has decoded one architecture, and it was tried")
+        return arch
+
+
+def settings_of(strategy: OneShot) -> set[str]:
+    """Return the names of the settings that `OneShot.replace` takes, `recipe` left out."""
+    own = {f.name for f in dataclasses.fields(strategy) if f.init}  # type: ignore[arg-type]
+    relaxation = getattr(strategy, "relaxation", None)
+    if relaxation is not None:
+        own |= {f.name for f in dataclasses.fields(relaxation)}
+    return own - {"name", "relaxation", "recipe"}
+
+
+_RECIPE = Recipe(
+    epochs=50, batch_size=64, lr=0.025, lr_end=0.001, nesterov=False, weight_decay=3e-4, clip=5.0, amp=False
+)
+_LONG = _RECIPE.replace(epochs=250)
+
+ONE_SHOT: dict[str, OneShot] = {
+    "darts": Differentiable("darts", Softmax(), _RECIPE),
+    "gdas": Differentiable("gdas", Gumbel(), _LONG.replace(batch_size=256, nesterov=True, weight_decay=5e-4)),
+    "drnas": Differentiable("drnas", Dirichlet(), _RECIPE.replace(lr=0.1), arch_lr=6e-4, arch_start=0.4),
+    "pcdarts": Differentiable(
+        "pcdarts",
+        Softmax(),
+        _RECIPE.replace(batch_size=256, lr=0.1, lr_end=0.0),
+        arch_lr=6e-4,
+        arch_start=0.3,
+        partial_channels=4,
+        edge_weights=True,
+    ),
+    "spos": SinglePath("spos", _LONG),
+}
+"""The one-shot strategies by name, with the numbers of their papers as defaults."""

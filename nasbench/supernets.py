@@ -1,0 +1,515 @@
+"""Training a supernet, and reading architectures from it: the loop and the objective of one-shot searches.
+
+Everything random is a function of (seed, epoch, step), and a checkpoint is written after every epoch, so a search that
+was killed and continued is the unbroken search, bit for bit (see `nasbench.training`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from filelock import FileLock
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nasbench import memory, profile, training
+from nasbench.checkpoint import FORMAT, check_identity, check_writable, layers_of, read
+from nasbench.data import Data, keyed_generator
+from nasbench.devices import pick_device
+from nasbench.errors import CheckpointError, SettingError, TrainingDiverged
+from nasbench.files import atomic_write
+from nasbench.objective import WEIGHTS, Objective, TrialRun, save_weights
+from nasbench.recipe import Recipe
+from nasbench.strategies import bilevel
+from nasbench.strategies.one_shot import Differentiable, OneShot
+from search_spaces.base import Arch, ArchError, Mixture, SearchSpace, Supernet, nearest
+
+if TYPE_CHECKING:
+    from nasbench.table import Table
+
+CHECKPOINT = "supernet.pt"
+EPOCHS = "epochs.json"
+_FIELDS = {"identity", "epochs", "chosen", "weights", "optimizer", "architecture", "architecture_optimizer", "seconds"}
+WINDOW = 5  # epochs over which the dominant eigenvalue is averaged and compared
+GROWTH = 0.75  # the eigenvalue a window ago, divided by that of now, below which a search has begun to collapse
+
+
+class Training:
+    """One supernet in training, with its architecture weights.
+
+    Args:
+        space: bound to the data.
+        data: where the images are; a strategy with architecture weights gets a half of the training images for them.
+        strategy: how to train.
+        recipe: how to train the weights.
+        seed: of everything random.
+        file: the checkpoint; if it exists, the training in it is continued.
+        table: a table and the name of a metric in it, which tell the true rank of what is decoded after each epoch.
+
+    Attributes:
+        epochs: for every finished epoch what `record` tells.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        data: Data,
+        strategy: OneShot,
+        recipe: Recipe,
+        *,
+        seed: int = 0,
+        file: Path | None = None,
+        table: tuple[Table, str] | None = None,
+    ) -> None:
+        self.space, self.strategy, self.recipe, self.seed, self.file = space, strategy, recipe, seed, file
+        self.device = data.device
+        self.ranks = None if table is None else _Ranks(space, *table)
+        sites = strategy.sites(space)
+        self.data = data
+        self.held: Data | None = None  # images that the architecture weights learn from
+        if sites:
+            self.data, self.held = data.halves(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.supernet = space.supernet(**strategy.supernet()).to(self.device)
+        if recipe.channels_last:
+            self.supernet.to(memory_format=torch.channels_last)
+        self.optimizer = training.make_optimizer(self.supernet, recipe, self.device, sampled=True)
+        self.logits: dict[str, Tensor] = {}
+        self.architecture_optimizer: torch.optim.Optimizer | None = None
+        if sites:
+            assert isinstance(strategy, Differentiable)
+            self.logits = strategy.relaxation.initial(sites, keyed_generator(seed))
+            for row in self.logits.values():
+                row.requires_grad_()
+            self.architecture_optimizer = torch.optim.Adam(
+                self.logits.values(),
+                lr=strategy.arch_lr,
+                betas=(0.5, 0.999),
+                weight_decay=strategy.arch_weight_decay,
+            )
+        self.epochs: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self.chosen: int | None = None  # the epoch that an alarm went back to
+        if file is not None:
+            check_writable(file)
+            if file.exists():
+                self._restore(file)
+
+    # The loop ------------------------------------------------------------------------------------------------------
+
+    def run(self, check: Callable[[], None] = lambda: None, progress: bool = True) -> None:
+        """Train what is left of the epochs. `check` is called after every step and may raise to stop.
+
+        Raises:
+            SettingError: a step would not fit into memory.
+            TrainingDiverged: loss, weights or architecture weights are no longer finite.
+        """
+        recipe, steps = self.recipe, self.data.steps(self.recipe.batch_size)
+        if self.done():
+            return
+        self._preflight()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        done = len(self.epochs)
+        bar = tqdm(
+            total=recipe.epochs * steps,
+            initial=done * steps,
+            desc=f"{self.strategy.name} supernet",
+            unit="step",
+            disable=not (progress and rank == 0),
+        )
+        with bar:
+            for epoch in range(done, recipe.epochs):
+                self._epoch(epoch, steps, rank, world, check, bar)
+                if self.done():
+                    break
+
+    def done(self) -> bool:
+        """Return whether all epochs are trained, or an alarm has ended them."""
+        return self.chosen is not None or len(self.epochs) >= self.recipe.epochs
+
+    def _epoch(self, epoch: int, steps: int, rank: int, world: int, check: Callable[[], None], bar: tqdm[Any]) -> None:
+        started = time.monotonic()
+        self.supernet.train()
+        settings: dict[str, Any] = {
+            "augment": self.recipe.augment,
+            "cutout": self.recipe.cutout,
+            "rank": rank,
+            "world": world,
+        }
+        size = self.recipe.batch_size
+        batches = self.data.train_batches(size, seed=self.seed, epoch=epoch, **settings)
+        others = None
+        if self.held is not None and epoch >= self._first_architecture_epoch:
+            others = self.held.train_batches(size, seed=self.seed + 1, epoch=epoch, **settings)
+        sums = torch.zeros(3, device=self.device)  # loss, hits, loss on the other half
+        for step, train in enumerate(batches):
+            rng = keyed_generator(self.seed, epoch, step)
+            self._set_rate(epoch * steps + step, steps)
+            if others is not None:
+                sums[2] += self._architecture_step(epoch, train, next(others), rng)
+            mixture = self._mix(epoch, rng)()
+            loss, logits = bilevel.weight_gradients(self.supernet, mixture, train)
+            if self.recipe.clip is not None:
+                weights = [p for p in self.supernet.parameters() if p.grad is not None]
+                nn.utils.clip_grad_norm_(weights, self.recipe.clip)
+            self.optimizer.step()
+            sums[0] += loss
+            sums[1] += (logits.argmax(1) == train[1]).float().mean()
+            if self.device.type == "cpu" and not math.isfinite(float(loss)):
+                raise self._diverged("loss is")
+            check()
+            bar.update()
+        for parameter in self.supernet.parameters():
+            parameter.grad = None
+        bilevel.average([buffer for buffer in self.supernet.buffers() if buffer.is_floating_point()])
+        means = (sums / steps).tolist()
+        if not all(map(math.isfinite, means)):
+            raise self._diverged("loss is")
+        entry = self._record(epoch, means, others is not None, bar)
+        self.seconds += time.monotonic() - started
+        self.epochs.append(entry | {"seconds": round(self.seconds, 3)})
+        self._watch_for_collapse()
+        if rank == 0:
+            self.save()
+
+    def _mix(self, epoch: int, rng: torch.Generator) -> bilevel.Mix:
+        progress = epoch / max(1, self.recipe.epochs - 1)
+        return lambda: self.strategy.mix(self.space, self.logits, progress, rng)
+
+    @property
+    def _first_architecture_epoch(self) -> int:
+        assert isinstance(self.strategy, Differentiable)
+        return round(self.strategy.arch_start * self.recipe.epochs)
+
+    def _set_rate(self, step: int, steps: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate(step, steps)
+
+    def _architecture_step(self, epoch: int, train: bilevel.Batch, val: bilevel.Batch, rng: torch.Generator) -> Tensor:
+        strategy, optimizer = self.strategy, self.architecture_optimizer
+        assert isinstance(strategy, Differentiable) and optimizer is not None
+        rows, mix, penalty = list(self.logits.values()), self._mix(epoch, rng), strategy.relaxation.penalty(self.logits)
+        if strategy.second_order:
+            exact = strategy.hessian == "exact"
+            loss, gradients = bilevel.second_order(
+                self.supernet, mix, rows, train, val, self.optimizer, penalty, exact=exact
+            )
+        else:
+            loss, gradients = bilevel.first_order(self.supernet, mix, rows, val, penalty)
+        for row, gradient in zip(rows, gradients, strict=True):
+            row.grad = gradient
+        optimizer.step()
+        return loss
+
+    # After an epoch ------------------------------------------------------------------------------------------------
+
+    @property
+    def probabilities(self) -> Mixture:
+        """What the architecture weights now say of every option; empty if there are none."""
+        if not self.logits:
+            return Mixture({})
+        assert isinstance(self.strategy, Differentiable)
+        return self.strategy.relaxation.probabilities(self.logits)
+
+    def _record(self, epoch: int, means: Sequence[float], moved: bool, bar: tqdm[Any]) -> dict[str, Any]:
+        """Return what is kept of an epoch: losses, probabilities, and the architecture they decode to."""
+        entry: dict[str, Any] = {"epoch": epoch + 1, "train_loss": means[0], "train_accuracy": means[1]}
+        entry["arch_loss"] = means[2] if moved else None
+        words = f"loss {means[0]:.3f}, accuracy {means[1]:.3f}"
+        if self.logits:
+            probabilities = self.probabilities
+            try:
+                arch = self.space.decode(probabilities)
+            except ArchError as error:
+                raise self._diverged(f"architecture weights are ({error}); they are") from error
+            entry["probabilities"] = {site: row.tolist() for site, row in probabilities.items()}
+            entry["arch"] = dict(arch)
+            entry["skips"] = count_skips(arch)
+            words += f", {entry['skips']} skips"
+            if self.ranks is not None:
+                entry |= self.ranks.look_up(arch)
+                words += f", true rank {entry['rank']} of {entry['rank_of']}"
+            if getattr(self.strategy, "stop_eigenvalue", False):
+                entry["eigenvalue"] = self._eigenvalue(epoch)
+        bar.set_postfix_str(words)
+        return entry
+
+    def _eigenvalue(self, epoch: int) -> float:
+        assert self.held is not None
+        rng = keyed_generator(self.seed, epoch)
+        batch = next(iter(self.held.train_batches(self.recipe.batch_size, seed=self.seed, epoch=0, augment=False)))
+        return bilevel.dominant_eigenvalue(self.supernet, self._mix(epoch, rng), list(self.logits.values()), batch, rng)
+
+    @property
+    def arch(self) -> Arch:
+        """The architecture that was learned: that of the last epoch, or of the one an alarm went back to."""
+        if not self.logits or not self.epochs:
+            raise SettingError(f"strategy {self.strategy.name!r} has decoded no architecture.")
+        return self.space.check(self.epochs[(self.chosen or len(self.epochs)) - 1]["arch"])
+
+    def _watch_for_collapse(self) -> None:
+        """Warn when skip connections take over; end the search if the strategy says so."""
+        strategy, now = self.strategy, self.epochs[-1]
+        if not isinstance(strategy, Differentiable) or len(self.epochs) <= self._first_architecture_epoch:
+            return
+        limit = strategy.stop_skips
+        if limit is not None and now["skips"] >= limit and len(self.epochs) > 1:
+            self.chosen = now["epoch"] - 1
+        values = [entry["eigenvalue"] for entry in self.epochs if entry.get("eigenvalue") is not None]
+        if len(values) >= 2 * WINDOW and self.chosen is None:
+            after, before = sum(values[-WINDOW:]), sum(values[-2 * WINDOW : -WINDOW])
+            if after > 0 and before / after < GROWTH:
+                self.chosen = now["epoch"] - WINDOW
+        count = count_operations(now["arch"])
+        if now["skips"] > count / 2 and not any(entry.get("alarm") for entry in self.epochs):
+            now["alarm"] = True
+            warnings.warn(
+                f"skip connections take over: {now['skips']} of {count} operations after epoch {now['epoch']}. Such "
+                "networks often evaluate badly; fewer epochs, stop_skips=2 or strategy='drnas' may help.",
+                stacklevel=2,
+            )
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"the supernet's training diverged: the {what} not finite in epoch {len(self.epochs) + 1}. Lower lr (it is "
+            f"{self.recipe.lr:g}) or clip ({self.recipe.clip}). The epochs before are kept; a new study begins anew."
+        )
+
+    # Memory and files ----------------------------------------------------------------------------------------------
+
+    def _preflight(self) -> None:
+        """Refuse a step that would not fit into memory, before it is made."""
+        mix = self._mix(0, keyed_generator(self.seed))
+        need = memory.step_bytes(self.supernet, mix, self.data.shape, self.recipe.batch_size)
+        free = memory.free_bytes(self.device)
+        if free is not None and need > free:
+            raise SettingError(
+                f"a step of this supernet needs about {need / 1e9:.1f} GB at batch_size={self.recipe.batch_size}, and "
+                f"{free / 1e9:.1f} GB are free on {self.device}. Lower batch_size, or the space's channels or cells; "
+                "or set recompute=True, or partial_channels=4 where the strategy has it."
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "supernet": layers_of(self.supernet),
+            "space": self.space.fingerprint,
+            "data": self.data.fingerprint,
+            "strategy": json.dumps([self.strategy.name, self.strategy.settings()]),
+            "seed": self.seed,
+            **dataclasses.asdict(self.recipe),
+        }
+
+    def save(self) -> None:
+        """Write the checkpoint and, beside it, what was recorded of the epochs, each whole or not at all."""
+        if self.file is None:
+            return
+        arch_optimizer = self.architecture_optimizer
+        content = {
+            "format": FORMAT,
+            "identity": self._identity(),
+            "epochs": json.dumps(self.epochs),
+            "chosen": self.chosen,
+            "seconds": self.seconds,
+            "weights": self.supernet.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "architecture": {site: row.detach() for site, row in self.logits.items()},
+            "architecture_optimizer": arch_optimizer.state_dict() if arch_optimizer else {},
+        }
+        with atomic_write(self.file) as temporary:
+            torch.save(content, temporary)
+        with atomic_write(self.file.with_name(EPOCHS)) as temporary:
+            temporary.write_text(json.dumps(self.epochs))
+
+    def _restore(self, file: Path) -> None:
+        stored = read(file, _FIELDS, "a one-shot search")
+        check_identity(file, stored["identity"], self._identity())
+        try:
+            self.supernet.load_state_dict(stored["weights"])
+            self.optimizer.load_state_dict(stored["optimizer"])
+            for site, row in self.logits.items():
+                row.detach().copy_(stored["architecture"][site])
+            if self.architecture_optimizer is not None:
+                self.architecture_optimizer.load_state_dict(stored["architecture_optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the checkpoint {file} does not fit this supernet: {error}. Delete it to train anew"
+            ) from error
+        self.epochs, self.chosen = json.loads(stored["epochs"]), stored["chosen"]
+        self.seconds = stored["seconds"]
+
+
+def read_epochs(folder: Path | None) -> list[dict[str, Any]]:
+    """Return what was recorded of the epochs of the supernet in a study's folder; nothing if there are none yet."""
+    file = folder / EPOCHS if folder is not None else None
+    if file is None or not file.exists():
+        return []
+    return json.loads(file.read_text())  # type: ignore[no-any-return]
+
+
+class _Ranks:
+    """Where an architecture stands in a table."""
+
+    def __init__(self, space: SearchSpace, table: Table, metric: str) -> None:
+        table.check(space)
+        if metric not in table.metrics:
+            raise SettingError(f"the table has no metric {metric!r}; {nearest(metric, table.metrics)}")
+        self.table, self.metric = table, metric
+        self.sign = -1.0 if "loss" in metric else 1.0
+        self.values = self.sign * table.values(metric)
+
+    def look_up(self, arch: Arch) -> dict[str, Any]:
+        """Return value and rank (1: the best) of an architecture, and of how many."""
+        value = float(self.table.query(arch, self.metric))
+        better = int((self.values > self.sign * value).sum())
+        return {"table_value": value, "rank": better + 1, "rank_of": len(self.values)}
+
+
+def count_skips(arch: Mapping[str, Any]) -> int:
+    """Return the number of skip connections: in the normal cell, if there are several kinds of cell.
+
+    Example:
+        >>> count_skips({"normal2_op0": "skip_connect", "normal2_op1": "sep_conv_3x3", "reduce2_op0": "skip_connect"})
+        1
+    """
+    return sum(option in ("skip_connect", "identity") for option in _operations(arch))
+
+
+def count_operations(arch: Mapping[str, Any]) -> int:
+    """Return the number of operations among which `count_skips` counts."""
+    return len(_operations(arch))
+
+
+def _operations(arch: Mapping[str, Any]) -> list[str]:
+    named = {name: option for name, option in arch.items() if isinstance(option, str) and option.isidentifier()}
+    normal = [option for name, option in named.items() if name.startswith("normal")]
+    return normal or list(named.values())
+
+
+class SupernetObjective(Objective):
+    """Score an architecture with the weights it inherits from one trained supernet.
+
+    The sub-network is extracted, its batch norms are recalibrated on training images, and it is validated.
+
+    Args:
+        space: bound to the data.
+        data: train and validation images.
+        strategy: how the supernet is trained.
+        recipe: how its weights are trained.
+        seed: of everything random.
+        device: where to train.
+        table: see `Training`.
+    """
+
+    default = "val_accuracy"
+    trains = True
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        data: Data,
+        strategy: OneShot,
+        recipe: Recipe,
+        *,
+        seed: int = 0,
+        device: str = "auto",
+        table: tuple[Table, str] | None = None,
+    ) -> None:
+        if recipe.amp:
+            raise SettingError("amp=True: a supernet is trained in float32, no measurement of ours speaks for less.")
+        self.space, self.strategy, self.recipe, self.seed, self.table = space, strategy, recipe, seed, table
+        self.data = data.to(pick_device(device))
+        self.names = ("val_accuracy", "val_loss", "params", "macs", "bytes", "peak_bytes", "latency_ms")
+        if table is not None:
+            self.ranks = _Ranks(space, *table)
+            self.names += ("table_value", "rank")
+        self.training: Training | None = None
+        strategy.sites(space)  # says what the space lacks, before anything is written
+
+    def settings(self) -> dict[str, Any]:
+        """Return data, recipe and seed; the strategy is the study's."""
+        return {
+            "kind": "supernet",
+            "data": {"name": self.data.name, "fingerprint": self.data.fingerprint, "load": self.data.spec},
+            "recipe": json.loads(self.recipe.to_json()),
+            "table": [self.table[0].fingerprint, self.table[1]] if self.table else None,
+        }
+
+    def prepare(self, folder: Path | None, check: Callable[[], None] = lambda: None, progress: bool = True) -> None:
+        """Train the supernet, or continue it from its checkpoint in this folder.
+
+        Another process that prepares the same study is waited for.
+        """
+        if dist.is_initialized() and dist.get_rank() == 0:
+            dist.broadcast_object_list([str(folder) if folder else ""])
+        main = not dist.is_initialized() or dist.get_rank() == 0
+        with FileLock(folder / "supernet.lock") if folder and main else nullcontext():
+            file = folder / CHECKPOINT if folder else None
+            self.training = Training(
+                self.space, self.data, self.strategy, self.recipe, seed=self.seed, file=file, table=self.table
+            )
+            self.training.run(check, progress)
+
+    def follow(self) -> None:
+        """On ranks above 0 of a data-parallel search: take part in the training that rank 0 announces."""
+        while True:
+            message: list[Any] = [None]
+            dist.broadcast_object_list(message)
+            if message[0] is None:
+                return
+            self.prepare(Path(message[0]) if message[0] else None, progress=False)
+
+    def decoded(self) -> Arch:
+        """Return the architecture that the supernet has learned."""
+        return self._trained().arch
+
+    def _trained(self) -> Training:
+        if self.training is None:
+            self.prepare(None, progress=False)
+        assert self.training is not None
+        return self.training
+
+    @cached_property
+    def _shapes(self) -> Supernet:
+        """The supernet without its numbers: sub-networks are counted without copying weights."""
+        with torch.device("meta"):
+            return self.space.supernet(**self.strategy.supernet())
+
+    def preview(self, arch: Arch, names: Sequence[str]) -> dict[str, float]:
+        """Return params, macs and whatever else an untrained sub-network tells."""
+        if not names:
+            return {}
+        found: dict[str, float] = {}
+        if {"params", "macs"} & {*names}:
+            found |= profile.count(lambda: self._shapes.extract(arch), self.data.shape)
+        if {"bytes", "peak_bytes"} & {*names}:
+            found |= profile.measure(self._trained().supernet.extract(arch), self.data.shape).to_dict()
+        if "latency_ms" in names:
+            network = self._trained().supernet.extract(arch)
+            found["latency_ms"] = profile.latency(network, self.data.shape, device=str(self.data.device)).median_ms
+        if self.table is not None:
+            found |= {k: v for k, v in self.ranks.look_up(arch).items() if k != "rank_of"}
+        return {name: value for name, value in found.items() if name in names}
+
+    def __call__(self, arch: Arch, run: TrialRun) -> dict[str, float]:
+        """Extract, recalibrate, validate."""
+        network = self._trained().supernet.extract(arch)
+        training.recalibrate(network, self.data, batch_size=self.recipe.batch_size)
+        metrics = training.validate(network, self.data)
+        if run.folder is not None:
+            save_weights(network, run.folder / WEIGHTS)
+        run.supernet = self.strategy.supernet()
+        more = [name for name in ("bytes", "peak_bytes", "latency_ms") if name in self.wanted]
+        table = ["table_value", "rank"] if self.table is not None else []
+        return metrics | self.preview(arch, ["params", "macs", *more, *table])

@@ -1,0 +1,374 @@
+"""One-shot searches: the loop, its checkpoints, alarms, and the trials they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nasbench as nb
+from nasbench import supernets
+from nasbench.errors import CheckpointError, SettingError, TrainingDiverged
+from nasbench.memory import step_bytes
+from nasbench.strategies import ONE_SHOT
+from nasbench.supernets import SupernetObjective, Training, count_operations, count_skips
+from search_spaces import NASBench201, ResNet
+
+SPACE = NASBench201(channels=4, cells=1)
+SMALL: dict[str, Any] = {"epochs": 2, "batch_size": 32, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def data() -> nb.Data:
+    return nb.data.load("digits", train_images=320)
+
+
+@pytest.fixture(scope="module")
+def table() -> nb.Table:
+    return nb.Table.load("nasbench201-digits")
+
+
+def trained(data: nb.Data, name: str = "darts", file: Path | None = None, **changes: Any) -> Training:
+    recipe = {"epochs": 2, "batch_size": 32} | {k: changes.pop(k) for k in ("epochs", "lr", "clip") if k in changes}
+    strategy = ONE_SHOT[name].replace(**changes)
+    return Training(SPACE.bind(data), data, strategy, strategy.recipe.replace(**recipe), file=file)
+
+
+def numbers(training: Training) -> list[torch.Tensor]:
+    return [t.clone() for t in (*training.supernet.state_dict().values(), *training.logits.values())]
+
+
+def same(a: Training, b: Training) -> bool:
+    plain = [{k: v for k, v in e.items() if k != "seconds"} for e in a.epochs]
+    return all(torch.equal(x, y) for x, y in zip(numbers(a), numbers(b), strict=True)) and plain == [
+        {k: v for k, v in e.items() if k != "seconds"} for e in b.epochs
+    ]
+
+
+# The search ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["darts", "gdas", "drnas", "pcdarts"])
+def test_a_search_decodes_one_architecture_and_keeps_its_weights(name: str, data: nb.Data, table: nb.Table) -> None:
+    result = nb.search(SPACE, data, name, study="s", table=table, **SMALL)
+    (trial,) = result.trials
+    assert trial.arch == result.space.decode(result.space.one_hot(trial.arch))
+    assert 0 <= trial.metrics["val_accuracy"] <= 1
+    assert trial.metrics["table_value"] == pytest.approx(table.query(trial.arch, "test_accuracy"))
+    model = trial.build()
+    assert nb.validate(model, data)["val_accuracy"] == pytest.approx(trial.metrics["val_accuracy"])
+    assert sum(p.numel() for p in model.parameters()) == trial.metrics["params"]
+    fresh = trial.build(weights=False)
+    assert fresh(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert [e["epoch"] for e in result.epochs] == [1, 2]
+    last = result.epochs[-1]
+    assert last["arch"] == dict(trial.arch)
+    assert last["rank"] == trial.metrics["rank"]
+    assert last["rank_of"] == len(table)
+    assert set(result.space.sites) <= set(last["probabilities"])
+    assert (Path("runs/s") / "report.html").exists()
+    assert (Path("runs/s") / "search.png").exists()
+    again = nb.SearchResult.load("runs/s/result.json")
+    assert again.epochs == result.epochs
+    assert torch.equal(again.best.build()(torch.ones(2, 1, 8, 8)), model(torch.ones(2, 1, 8, 8)))
+
+
+def test_single_path_searches_by_evolution_with_shared_weights(data: nb.Data) -> None:
+    result = nb.search(SPACE, data, "spos", study="s", trials=12, population=6, parents=2, **SMALL)
+    assert len({trial.arch for trial in result.complete}) == 12
+    best = result.best
+    assert nb.validate(best.build(), data)["val_accuracy"] == pytest.approx(best.metrics["val_accuracy"])
+    assert [set(e) & {"arch", "probabilities"} for e in result.epochs] == [set(), set()]
+    weights = sorted(Path("runs/s/trials").glob("*/weights.safetensors"))
+    assert len(weights) == 1
+
+
+def test_constraints_reach_the_sub_networks(data: nb.Data) -> None:
+    result = nb.search(
+        SPACE, data, "spos", study="s", trials=4, population=2, parents=1, constraints="params<8000", **SMALL
+    )
+    assert all(trial.metrics["params"] < 8000 for trial in result.complete)
+    assert len(result.complete) == 4
+
+
+def test_a_finished_search_returns_at_once_and_does_not_train(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = nb.search(SPACE, data, "darts", study="s", **SMALL)
+    monkeypatch.setattr(Training, "run", lambda *_: pytest.fail("it trained again"))
+    again = nb.search(SPACE, data, "darts", study="s", **SMALL)
+    assert again.to_json() == first.to_json()
+
+
+def test_a_timeout_leaves_a_search_that_goes_on(data: nb.Data) -> None:
+    settings = SMALL | {"epochs": 3}
+    whole = nb.search(SPACE, data, "darts", study="whole", **settings)
+    part = nb.search(SPACE, data, "darts", study="part", timeout=0.01, **settings)
+    assert part.trials == []
+    for _ in range(3):
+        rest = nb.search(SPACE, data, "darts", study="part", **settings)
+    assert rest.best.arch == whole.best.arch
+    assert rest.best.metrics == whole.best.metrics
+    assert [e["probabilities"] for e in rest.epochs] == [e["probabilities"] for e in whole.epochs]
+
+
+def test_second_order_searches(data: nb.Data) -> None:
+    finite, exact = (
+        nb.search(SPACE, data, "darts", second_order=True, hessian=h, study=h, **SMALL) for h in ("finite", "exact")
+    )
+    assert finite.epochs[-1]["probabilities"] != exact.epochs[-1]["probabilities"]
+
+
+# Resuming ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["darts", "gdas", "drnas", "pcdarts", "spos"])
+def test_an_interrupted_training_goes_on_bit_for_bit(name: str, data: nb.Data, tmp_path: Path) -> None:
+    whole = trained(data, name, epochs=3)
+    whole.run(progress=False)
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(after: int) -> Any:
+        left = iter(range(after))
+
+        def check() -> None:
+            if next(left, None) is None:
+                raise Stop
+
+        return check
+
+    for steps in (5, 7):  # an epoch has 4 steps, or 8 where all images train weights
+        with pytest.raises(Stop):
+            trained(data, name, tmp_path / "c.pt", epochs=3).run(interrupt(steps), progress=False)
+    rest = trained(data, name, tmp_path / "c.pt", epochs=3)
+    rest.run(progress=False)
+    assert same(whole, rest)
+
+
+@pytest.mark.slow
+def test_a_search_killed_by_minus_nine_ends_as_the_unbroken_one(tmp_path: Path) -> None:
+    code = """
+import nasbench as nb
+from search_spaces import NASBench201
+data = nb.data.load("digits", train_images=320)
+nb.search(NASBench201(channels=4, cells=1), data, "gdas", study="s", epochs=12, batch_size=32, seed=1, progress=False)
+"""
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen([sys.executable, "-c", code], cwd=folder)
+
+    assert start(tmp_path / "whole").wait() == 0
+    for kill in range(3):
+        process = start(tmp_path / "broken")
+        file = tmp_path / "broken" / "runs" / "s" / "epochs.json"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if file.exists() and len(json.loads(file.read_text())) > 2 + 2 * kill:
+                break
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start(tmp_path / "broken").wait() == 0
+    results = [nb.SearchResult.load(tmp_path / part / "runs" / "s" / "result.json") for part in ("whole", "broken")]
+    assert dict(results[0].best.metrics) == dict(results[1].best.metrics)
+    assert results[0].best.arch == results[1].best.arch
+    states = [r.best.build().state_dict() for r in results]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arch_lr": 0.5}, "strategy is"),
+        ({"lr": 0.5}, "lr is 0.025 there and 0.5 here"),
+        ({"partial_channels": 2}, "supernet is"),
+    ],
+)
+def test_a_checkpoint_of_another_supernet_is_refused(
+    change: dict[str, Any], message: str, data: nb.Data, tmp_path: Path
+) -> None:
+    trained(data, file=tmp_path / "c.pt").run(progress=False)
+    with pytest.raises(CheckpointError, match=f"belongs to another run: .*{message}"):
+        trained(data, file=tmp_path / "c.pt", **change)
+
+
+def test_a_checkpoint_of_something_else_is_refused(data: nb.Data, tmp_path: Path) -> None:
+    (tmp_path / "c.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match="is corrupt, or none"):
+        trained(data, file=tmp_path / "c.pt")
+    torch.save({"format": 1}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="is not a checkpoint of a one-shot search"):
+        trained(data, file=tmp_path / "c.pt")
+
+
+# What is learned, and what is not ------------------------------------------------------------------------------------
+
+
+def test_weights_and_architecture_learn_from_different_halves(data: nb.Data) -> None:
+    training = trained(data)
+    assert training.held is not None
+    rows = [set(half._rows["train"].tolist()) for half in (training.data, training.held)]
+    assert rows[0].isdisjoint(rows[1])
+    assert rows[0] | rows[1] == set(data._rows["train"].tolist())
+    assert rows[0].isdisjoint(data._rows["val"].tolist())
+    own = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
+    assert own == {id(p) for p in training.supernet.parameters()}
+    assert own.isdisjoint(map(id, training.logits.values()))
+
+
+def test_architecture_weights_wait_for_their_first_epoch(data: nb.Data) -> None:
+    training = trained(data, arch_start=0.5)
+    before = [row.detach().clone() for row in training.logits.values()]
+    training._epoch(0, 4, 0, 1, lambda: None, supernets.tqdm(disable=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, training.logits.values(), strict=True))
+    assert training.epochs[0]["arch_loss"] is None
+    training._epoch(1, 4, 0, 1, lambda: None, supernets.tqdm(disable=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, training.logits.values(), strict=True))
+
+
+def test_single_paths_learn_from_all_training_images(data: nb.Data) -> None:
+    training = trained(data, "spos")
+    assert training.held is None
+    assert training.data.count("train") == data.count("train")
+    assert training.logits == {}
+    with pytest.raises(SettingError, match="has decoded no architecture"):
+        _ = training.arch
+
+
+def test_nan_ends_a_search_with_a_reason(data: nb.Data) -> None:
+    with pytest.raises(TrainingDiverged, match=r"the loss is not finite in epoch 1. Lower lr \(it is 1e\+12\)"):
+        trained(data, lr=1e12, clip=None).run(progress=False)
+    training = trained(data)
+    with torch.no_grad():
+        next(iter(training.logits.values())).fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match=r"architecture weights are|the loss is"):
+        training.run(progress=False)
+
+
+# Alarms --------------------------------------------------------------------------------------------------------------
+
+
+def test_skips_are_those_of_the_normal_cell() -> None:
+    assert count_skips({"e01": "skip_connect", "e02": "none"}) == 1
+    cell = {"normal2_inputs": "0-1", "normal2_op0": "skip_connect", "reduce2_op0": "skip_connect"}
+    assert (count_skips(cell), count_operations(cell)) == (1, 1)
+
+
+def collapse(training: Training, epoch: int) -> None:
+    """Make the architecture weights want skip connections only."""
+    with torch.no_grad():
+        for site, row in training.logits.items():
+            row.copy_(5.0 * (torch.arange(len(row)) == training.space.sites[site].index("skip_connect")))
+
+
+def test_a_collapse_is_announced_once(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = trained(data, epochs=3)
+    collapse(training, 0)
+    with pytest.warns(UserWarning, match="skip connections take over: 6 of 6 operations after epoch 1") as caught:
+        training.run(progress=False)
+    assert len([w for w in caught if "take over" in str(w.message)]) == 1
+    assert training.epochs[-1]["skips"] == 6
+
+
+def test_stop_skips_goes_back_to_the_last_good_epoch(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = trained(data, epochs=9, stop_skips=5)
+    original = Training._record
+
+    def record(self: Training, epoch: int, *rest: Any) -> dict[str, Any]:
+        if epoch == 2:
+            collapse(self, epoch)
+        return original(self, epoch, *rest)
+
+    monkeypatch.setattr(Training, "_record", record)
+    with pytest.warns(UserWarning, match="take over"):
+        training.run(progress=False)
+    assert (len(training.epochs), training.chosen) == (3, 2)
+    assert dict(training.arch) == training.epochs[1]["arch"]
+    assert training.done()
+
+
+def test_stop_eigenvalue_goes_back_a_window(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = trained(data, epochs=30, stop_eigenvalue=True)
+    monkeypatch.setattr(Training, "_eigenvalue", lambda self, epoch: 1.0 if epoch < 12 else 3.0)
+    training.run(progress=False)
+    # Windows of five: 4 * 1 + 3 = 7 after 13 epochs, against 5 in those before: 5 / 7 < 0.75.
+    assert (len(training.epochs), training.chosen) == (13, 8)
+
+
+def test_eigenvalues_are_recorded(data: nb.Data) -> None:
+    training = trained(data, stop_eigenvalue=True)
+    training.run(progress=False)
+    assert all(isinstance(e["eigenvalue"], float) and e["eigenvalue"] != 0 for e in training.epochs)
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "darts", "trials": 5}, "decodes one architecture, but trials=5"),
+        ({"strategy": "darts", "population": 5}, "has no setting 'population'"),
+        ({"strategy": "darts", "amp": True}, "amp=True: a supernet is trained in float32"),
+        ({"strategy": "darts", "table": "x"}, "table is 'x': give a nasbench.Table"),
+        ({"strategy": "random", "trials": 1, "use_table": True}, "this strategy decodes none"),
+        ({"strategy": "darts", "workers": 2}, "workers=2 starts processes"),
+        ({"strategy": "darts", "pruner": "median"}, "pruner"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str, data: nb.Data, table: nb.Table) -> None:
+    if settings.pop("use_table", False):
+        settings = settings | {"table": table}
+    with pytest.raises(SettingError, match=message):
+        nb.search(SPACE, data, **{**SMALL, **settings})
+    assert not Path("runs").exists()
+
+
+def test_a_table_metric_must_be_there(data: nb.Data, table: nb.Table) -> None:
+    with pytest.raises(SettingError, match="the table has no metric 'tset_accuracy'; did you mean 'test_accuracy'"):
+        nb.search(SPACE, data, "darts", table=(table, "tset_accuracy"), **SMALL)
+
+
+def test_one_shot_needs_images_and_a_supernet(data: nb.Data, table: nb.Table) -> None:
+    with pytest.raises(SettingError, match="trains a supernet: it needs images, .*, not Table"):
+        nb.search(SPACE, table, "darts", epochs=1)
+    with pytest.raises(ValueError, match="ResNet has no supernet, and one-shot strategies need one"):
+        nb.search(ResNet(), data, "darts", **SMALL)
+    with pytest.raises(SettingError, match="'darts' trains a supernet, and nothing is trained here"):
+        nb.compare(["darts"], SPACE, table)
+
+
+def test_a_step_that_does_not_fit_is_refused_before_it_is_made(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supernets.memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(SettingError, match="needs about .* GB at batch_size=32, and 0.0 GB are free on cpu. Lower"):
+        nb.search(SPACE, data, "darts", **SMALL)
+
+
+def test_predicted_memory_is_what_a_larger_step_takes(data: nb.Data) -> None:
+    from nasbench.memory import _peak
+
+    training = trained(data)
+    mix = training._mix(0, torch.Generator())
+    before = numbers(training)
+    predicted = step_bytes(training.supernet, mix, data.shape, 48)
+    assert all(torch.equal(a, b) for a, b in zip(before, numbers(training), strict=True))
+    weights = sum(4 * p.numel() for p in training.supernet.parameters())
+    assert predicted - weights == pytest.approx(_peak(training.supernet, mix(), data.shape, 48), rel=0.1)
+
+
+def test_the_objective_says_what_it_is(data: nb.Data) -> None:
+    strategy = ONE_SHOT["darts"]
+    objective = SupernetObjective(SPACE.bind(data), data, strategy, strategy.recipe)
+    settings = objective.settings()
+    assert settings["kind"] == "supernet"
+    assert settings["recipe"]["epochs"] == 50
+    assert json.loads(json.dumps(settings)) == settings
