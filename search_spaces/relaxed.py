@@ -527,9 +527,9 @@ def _cat(modules: Sequence[Any], name: str) -> Tensor:
 def _first(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The first row, and the others if there are any."""
     if x is None or len(x) == 1:
-        return (None if x is None else x[0]), None
+        return (None if x is None else x.squeeze(0)), None
     first, others = x.split([1, len(x) - 1])
-    return first[0], others
+    return first.squeeze(0), others
 
 
 def _rows(x: Tensor, k: int) -> Tensor:
