@@ -1,15 +1,11 @@
 """Architectures as graphs: layers from top to bottom, with every operation a box of its own, so no edge needs a label.
 
-A layered layout after Sugiyama. networkx has the layers but neither orders nor routes anything: its
-`multipartite_layout` leads edges through boxes. Libraries that do are heavy (pygraphviz unpacks to 108 MB) or young.
-
-Source: Sugiyama, Tagawa and Toda, 1981; positions as in Gansner et al., 1993, by least squares.
+Graphviz's `dot` places the boxes and leads the lines around them; its wheel needs no system package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,18 +14,16 @@ from nasbench.style import ACCENT, INK, LINE, MUTED, PAPER, look, new_figure
 from search_spaces.base import SearchSpace
 
 if TYPE_CHECKING:
-    import networkx as nx
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ENDS = ("input", "previous", "output")
-ROW, HALF, GAP, BEND = 0.46, 0.11, 0.14, 0.1
-"""Inches: between layers, half the height of a box, between neighbours, room for a line that passes a layer."""
+SIZE = 8
+"""Points: height of the letters, here without the shrinking in axes that are given."""
 WIDEST = 7.4
 """Inches up to which several graphs stand beside each other."""
 
 Edge = tuple[str, str, str]
-Layers = list[list[Any]]
 
 
 @look()
@@ -75,41 +69,43 @@ def draw(space: SearchSpace, arch: Mapping[str, Any], ax: Axes | None = None) ->
 
 
 class Layout:
-    """Where the nodes of one graph stand and how its edges run, in inches; the top left corner is the origin."""
+    """Where the nodes of one graph stand and how its edges run, in inches; the top left corner is the origin.
+
+    Attributes:
+        texts: by node: a state is its name, an operation the number of its edge.
+        lines: for every edge the control points of a Bezier spline.
+    """
 
     def __init__(self, edges: Sequence[Edge]) -> None:
-        import networkx as nx
+        from matplotlib.font_manager import FontProperties
+        from matplotlib.textpath import text_to_path
+        from pygraphviz import AGraph
 
-        self.texts: dict[Any, str] = {}
-        graph = nx.DiGraph()
+        self.texts: dict[str | int, str] = {}
         for i, (source, target, label) in enumerate(edges):
-            self.texts |= {source: source, target: target}
-            nx.add_path(graph, [source, (i, label), target] if label else [source, target])
-            if label:
-                self.texts[i, label] = label
+            self.texts |= {source: source, target: target} | ({i: label} if label else {})
         if not edges:
-            graph.add_node("no operations")
             self.texts["no operations"] = "no operations"
-        # An edge that closes a cycle is laid out the other way round, and drawn as it is.
-        graph.remove_edges_from([(node, node) for node in self.texts])
-        self.turned = set[tuple[Any, Any]]()
-        while not nx.is_directed_acyclic_graph(graph):
-            source, target = nx.find_cycle(graph)[-1][:2]
-            graph.remove_edge(source, target)
-            graph.add_edge(target, source)
-            self.turned.add((target, source))
-        self.routes = _in_layers(graph)
-        layers = _ordered(graph)
-        columns = _columns(graph, layers, self.width)
-        self.places = {node: np.array([columns[node], -i * ROW - HALF]) for i, row in enumerate(layers) for node in row}
-        left = min(columns[node] - self.width(node) / 2 for node in columns)
-        for place in self.places.values():
-            place[0] -= left
-        right = max(place[0] + self.width(node) / 2 for node, place in self.places.items())
-        self.size = float(right), (len(layers) - 1) * ROW + 2 * HALF
+        graph, font = AGraph(directed=True, ranksep=0.35, nodesep=0.22), FontProperties(size=SIZE)
+        graph.node_attr.update(shape="box", height=0.19, fixedsize=True, label="")
+        graph.edge_attr.update(dir="none")
+        for node, text in self.texts.items():
+            width = text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]
+            graph.add_node(repr(node), width=width / 72 + 0.1)
+        for i, (source, target, label) in enumerate(edges):
+            if label:
+                graph.add_edge(repr(source), repr(i))
+            graph.add_edge(repr(i if label else source), repr(target), weight=2)  # the operation is close to its sum
+        graph.add_subgraph([node for node in graph if not graph.in_degree(node)], rank="min")
+        graph.layout("dot")
+        _, _, width, height = map(float, graph.graph_attr["bb"].split(","))
+        self.size = width / 72, height / 72
 
-    def width(self, node: Any) -> float:
-        return 0.064 * len(self.texts[node]) + 0.18 if node in self.texts else BEND
+        def points(item: Any) -> np.ndarray:
+            return np.array([point.split(",") for point in item.attr["pos"].split()], float) / 72 - [0, height / 72]
+
+        self.places = {node: points(graph.get_node(repr(node)))[0] for node in self.texts}
+        self.lines = [points(edge) for edge in graph.edges()]
 
     def draw(self, ax: Axes, corner: np.ndarray, scale: float) -> None:
         from matplotlib.patches import FancyArrowPatch
@@ -117,15 +113,12 @@ class Layout:
 
         head = f"-|>,head_length={3.2 * scale},head_width={1.5 * scale}"
         line: dict[str, Any] = {"color": MUTED, "linewidth": scale, "shrinkA": 0, "shrinkB": 0, "arrowstyle": head}
-        for (source, target), chain in self.routes.items():
-            points = self._curve(chain) + corner
-            if (source, target) in self.turned:
-                points = points[::-1]
+        for points in self.lines:
             codes = [Path.MOVETO, *[Path.CURVE4] * (len(points) - 1)]
-            ax.add_patch(FancyArrowPatch(path=Path(points, codes), **line))
+            ax.add_patch(FancyArrowPatch(path=Path(points + corner, codes), **line))
         for node, text in self.texts.items():
-            rim = LINE if isinstance(node, tuple) else ACCENT if node in ENDS else MUTED
-            fill, corners = (LINE, 0.3) if isinstance(node, tuple) else (PAPER, 0.8)
+            rim = LINE if isinstance(node, int) else ACCENT if node in ENDS else MUTED
+            fill, corners = (LINE, 0.3) if isinstance(node, int) else (PAPER, 0.8)
             box: dict[str, Any] = {
                 "boxstyle": f"round,pad=0.35,rounding_size={corners}",
                 "fc": fill,
@@ -134,98 +127,4 @@ class Layout:
             }
             style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "parse_math": False}
             x, y = self.places[node] + corner
-            ax.text(x, y, text, fontsize=8 * scale, bbox=box, **style)
-
-    def _curve(self, chain: Sequence[Any]) -> np.ndarray:
-        """Return control points of a smooth line from box to box through all bends, which goes down and never back."""
-        from scipy.interpolate import PchipInterpolator
-
-        points = np.array([self.places[node] for node in chain])
-        points[0, 1] -= HALF
-        points[-1, 1] += HALF
-        slopes = PchipInterpolator(-points[:, 1], points[:, 0]).derivative()(-points[:, 1])
-        thirds = np.stack([slopes, -np.ones(len(points))], axis=1)
-        steps = -np.diff(points[:, 1], axis=0)[:, None] / 3
-        bezier = np.stack([points[:-1] + steps * thirds[:-1], points[1:] - steps * thirds[1:], points[1:]], axis=1)
-        return np.concatenate([points[:1], bezier.reshape(-1, 2)])
-
-
-def _in_layers(graph: nx.DiGraph) -> dict[tuple[Any, Any], list[Any]]:
-    """Give every node its layer, just above what follows it but sources on top, and every edge a bend in each between.
-
-    Return for every edge its nodes: both ends, and the bends between them, which are nodes too.
-    """
-    import networkx as nx
-
-    layers = list(nx.topological_generations(graph.reverse()))[::-1]
-    layer = {node: i if graph.in_degree(node) else 0 for i, nodes in enumerate(layers) for node in nodes}
-    routes = {}
-    for a, b in list(graph.edges):
-        routes[a, b] = [a, *((a, b, i) for i in range(layer[a] + 1, layer[b])), b]
-        graph.remove_edge(a, b)
-        nx.add_path(graph, routes[a, b])
-        layer |= {node: layer[a] + i for i, node in enumerate(routes[a, b])}
-    nx.set_node_attributes(graph, layer, "layer")
-    return routes
-
-
-def _ordered(graph: nx.DiGraph, starts: int = 20, sweeps: int = 8) -> Layers:
-    """Return the layers, each ordered so that few edges cross: every node near the mean of its neighbours.
-
-    The best of several starts; over 65 random cells of DARTS 1.43 crossings in the mean, with a hundred starts 1.42.
-    """
-    rng, nodes = Random(0), list(graph)
-    count = 1 + max(graph.nodes[node]["layer"] for node in nodes)
-    best: tuple[int, Layers] | None = None
-    for _ in range(starts):
-        layers: Layers = [[] for _ in range(count)]
-        for node in nodes:
-            layers[graph.nodes[node]["layer"]].append(node)
-        for sweep in range(sweeps):
-            down = sweep % 2 == 0
-            near = graph.pred if down else graph.succ
-            for i in range(1, count) if down else range(count - 2, -1, -1):
-                place = {node: j for j, node in enumerate(layers[i - 1 if down else i + 1])}
-                own = {node: j for j, node in enumerate(layers[i])}
-                means = {n: sum(place[m] for m in near[n]) / len(near[n]) if near[n] else own[n] for n in own}
-                layers[i] = sorted(own, key=means.__getitem__)
-            crossings = _crossings(graph, layers)
-            if best is None or crossings < best[0]:
-                best = crossings, layers.copy()
-            if not crossings:
-                return layers
-        rng.shuffle(nodes)
-    assert best is not None
-    return best[1]
-
-
-def _crossings(graph: nx.DiGraph, layers: Layers) -> int:
-    place = {node: j for nodes in layers for j, node in enumerate(nodes)}
-    count = 0
-    for nodes in layers:
-        edges = [(place[a], place[b]) for a in nodes for b in graph.succ[a]]
-        count += sum((a - c) * (b - d) < 0 for i, (a, b) in enumerate(edges) for c, d in edges[:i])
-    return count
-
-
-def _columns(graph: nx.DiGraph, layers: Layers, width: Any) -> dict[Any, float]:
-    """Return where every node stands across: edges as upright as neighbours in a layer, who keep a gap, let them be."""
-    import networkx as nx
-    from scipy.optimize import lsq_linear
-
-    nodes = [node for row in layers for node in row]
-    across = nx.incidence_matrix(graph, nodes, oriented=True).toarray().T
-    # A node stands at the sum of the gaps to its left, which have a lower bound; the first gap of a layer is free.
-    sums, low = np.zeros((len(nodes), len(nodes))), np.full(len(nodes), -np.inf)
-    place = {node: i for i, node in enumerate(nodes)}
-    for row in layers:
-        for j, node in enumerate(row):
-            sums[place[node], place[row[0]] : place[node] + 1] = 1
-            if j:
-                low[place[node]] = (width(row[j - 1]) + width(node)) / 2 + GAP
-    bends = [sum(isinstance(n, tuple) and len(n) == 3 for n in edge) for edge in graph.edges]
-    weights = np.sqrt(1 + 3 * np.array(bends, float))[:, None]
-    little = 1e-3 * sums  # the graph as a whole stands at 0
-    system = np.concatenate([weights * (across @ sums), little])
-    gaps = lsq_linear(system, np.zeros(len(system)), bounds=(low, np.inf)).x
-    return dict(zip(nodes, (sums @ gaps).tolist(), strict=True))
+            ax.text(x, y, text, fontsize=SIZE * scale, bbox=box, **style)

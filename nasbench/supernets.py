@@ -428,6 +428,12 @@ class SupernetObjective(Objective):
     ) -> None:
         if recipe.amp:
             raise SettingError("amp=True: a supernet is trained in float32, no measurement of ours speaks for less.")
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if recipe.batch_size % world:
+            raise SettingError(
+                f"batch_size={recipe.batch_size}, but {world} processes share every batch equally: give a multiple of "
+                f"{world}, {world} at least, or start fewer processes."
+            )
         self.space, self.strategy, self.recipe, self.seed, self.table = space, strategy, recipe, seed, table
         self.data = data.to(pick_device(device))
         self.names = ("val_accuracy", "val_loss", "params", "macs", "bytes", "peak_bytes", "latency_ms")

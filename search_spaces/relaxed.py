@@ -237,10 +237,9 @@ class RelaxedCell(nn.Module):
             kernels = [_cat(group, "depthwise1") for _, group in separable]
             for (column, group), z in zip(separable, _Depthwise.apply(stride, k, relu, *kernels), strict=True):
                 points = torch.stack([m.pointwise1.weight.flatten(1) for m in group])
-                y, bias, *moments = _Folded.apply(True, group[0].norm1.eps, None, None, points[None], z)
+                y, _, *moments = _Folded.apply(True, group[0].norm1.eps, None, None, points[None], z)
                 _count([m.norm1 for m in group], *moments)
-                y = F.relu(y + bias.view(1, -1, 1, 1))
-                terms.append((column, group, _Depthwise.apply(1, 1, y, _cat(group, "depthwise2"))[0]))
+                terms.append((column, group, _Depthwise.apply(1, 1, F.relu_(y), _cat(group, "depthwise2"))[0]))
         if dilated:
             kernels = [_cat(group, "depthwise") for _, group in dilated]
             if stride == 2:
@@ -347,7 +346,7 @@ class _Depthwise(torch.autograd.Function):
                     part = F.conv2d(g, w.flip(2, 3), None, 1, w.shape[-1] // 2, 1, w.shape[0])
                 else:
                     part = _convolution_backward(g, wide, w, stride, w.shape[-1] // 2, 0)
-                dx = part if dx is None else dx + part
+                dx = part if dx is None else dx.add_(part)
             dw.append(_weight_gradient(g, wide, w, stride) if wanted else None)
         if dx is not None and copies > 1:
             dx = _rows(dx, copies).sum(0).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
@@ -356,7 +355,7 @@ class _Depthwise(torch.autograd.Function):
 
 def _weight_gradient(g: Tensor, x: Tensor, w: Tensor, stride: int) -> Tensor:
     k = w.shape[-1]
-    if k != 5 or x.shape[-1] <= 2 or x.device.type != "cpu":
+    if k != 5 or stride != 1 or x.shape[-1] <= 2 or x.device.type != "cpu":
         return _convolution_backward(g, x, w, stride, (k // 2, k // 2), 1)
     middle = _convolution_backward(g, x, w[..., 1:4], stride, (2, 1), 1)
     left = _convolution_backward(g, F.pad(x, (2, -2)), w[..., :1], stride, (2, 0), 1)
@@ -376,36 +375,31 @@ def _convolution_backward(g: Tensor, x: Tensor, w: Tensor, stride: int, padding:
 
 
 class _Folded(torch.autograd.Function):
-    """1x1 convolutions, each with batch norm of its own statistics and times a weight, of several images and added.
+    """Sum over n images of 1x1 convolutions, each with batch norm of its own statistics and times its weight.
 
-    For z of mean m and second moments S, P z has the mean P m and the variance diag(P S P^T) - (P m)^2. So the whole is
-    one matrix W = a P / sqrt(variance + eps) and a bias. With K edges and n images:
+    Where z has mean m and second moments S, P z has mean P m and variance diag(P S P') - (P m)^2. So norm and weight
+    become part of the matrix, a P / sqrt(variance + eps), and a bias. For K edges at once:
 
     Args:
-        interleaved: return (B, K * O, H, W) instead of (K, B * H * W, O).
-        before: (K, B * H * W, O) to add to.
+        before: (K, B * H * W, O) to add to, or None.
         a: weights (n, K), or None for ones.
         points: P, (n, K, O, C).
-        images: n of shape (B, K * C, H, W).
+        images: n of shape (B, K * C, H, W), channels_last.
+        wide: return (B, K * O, H, W), for one image.
 
     Returns:
-        the sum without its bias; the bias (K, O); mean and unbiased variance (n * K, O), without gradients.
+        (K, B * H * W, O), without the bias, which comes second: (K, O). If `wide`, it is added already. Then mean and
+        unbiased variance (n * K, O), which have no gradients.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        interleaved: bool,
-        eps: float,
-        before: Tensor | None,
-        a: Tensor | None,
-        points: Tensor,
-        *images: Tensor,
+        ctx: Any, wide: bool, eps: float, before: Tensor | None, a: Tensor | None, points: Tensor, *images: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.interleaved, ctx.eps, ctx.before = interleaved, eps, before is not None
+        ctx.wide, ctx.eps, ctx.more = wide, eps, before is not None
         means, squares = _moments(images, points.shape[1])
         matrix, bias, mean, variance = _matrix(means, squares, points, a, eps)
-        out = _apply(interleaved, before, matrix, images)
+        out = _apply(wide, before, matrix, bias, images)
         ctx.save_for_backward(means, squares, points, a, *images)
         count = images[0].numel() // images[0].shape[1]
         statistics = mean.flatten(0, 1), variance.flatten(0, 1) * (count / max(count - 1, 1))
@@ -415,36 +409,47 @@ class _Folded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, g_bias: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         means, squares, points, a, *images = ctx.saved_tensors
-        g_before = g if ctx.before else None
         k = points.shape[1]
-        if torch.is_grad_enabled():  # to be differentiated again: by way of what is not written by hand
+        g_before = g if ctx.more else None
+        if torch.is_grad_enabled():  # it will be differentiated again: take the way that torch can follow
             inputs = (a, points, *images)
             needed = [t for t in inputs if t is not None and t.requires_grad]
             matrix, bias, _, _ = _matrix(*_moments(images, k), points, a, ctx.eps)
-            out = _apply(ctx.interleaved, None, matrix, images)
+            out = _apply(ctx.wide, None, matrix, bias, images)
             found = iter(torch.autograd.grad((out, bias), needed, (g, g_bias), create_graph=True))
             grads = [next(found) if t is not None and t.requires_grad else None for t in inputs]
             return None, None, g_before, *grads
         rows = [_rows(z, k) for z in images]
-        g = _rows(g, k) if ctx.interleaved else g
-        g_matrix = torch.stack([torch.bmm(g.transpose(1, 2), z) for z in rows])
-        small = [t.detach().requires_grad_() for t in (means, squares, points, *([] if a is None else [a]))]
-        with torch.enable_grad():
-            matrix, bias, _, _ = _matrix(*small[:3], small[3] if a is not None else None, ctx.eps)
-            g_means, g_squares, g_points, *g_a = torch.autograd.grad((matrix, bias), small, (g_matrix, g_bias))
+        if ctx.wide:
+            g = _rows(g, k)
+            g_bias = g_bias + g.sum(1)
+        # The steps of `_matrix` backwards. A second moment is symmetric, and so is its gradient.
         count = rows[0].shape[1]
-        g_squares = (g_squares + g_squares.transpose(-1, -2)) / count
+        g_matrix = torch.stack([torch.bmm(g.transpose(1, 2), z) for z in rows])
+        mean = torch.matmul(points, means.unsqueeze(-1)).squeeze(-1)
+        mixed = torch.matmul(points, squares)
+        variance = (mixed * points).sum(-1) - mean * mean
+        root = torch.rsqrt(variance.clamp(min=0) + ctx.eps)
+        scale = root if a is None else root * a.unsqueeze(-1)
+        g_scale = (g_matrix * points).sum(-1) - g_bias * mean
+        g_a = None if a is None else (g_scale * root).sum(-1)
+        g_variance = -0.5 * g_scale * scale * root * root * (variance >= 0)
+        g_mean = -g_bias * scale - 2 * mean * g_variance
+        g_points = g_matrix * scale.unsqueeze(-1) + 2 * g_variance.unsqueeze(-1) * mixed
+        g_points += g_mean.unsqueeze(-1) * means.unsqueeze(-2)
+        matrix = points * scale.unsqueeze(-1)
+        from_squares = torch.matmul(points.transpose(-1, -2), points * (g_variance * (2 / count)).unsqueeze(-1))
+        from_means = torch.matmul(g_mean.unsqueeze(-2), points).squeeze(-2) / count
         g_images: list[Tensor | None] = []
         for i, z in enumerate(rows):
             if not ctx.needs_input_grad[5 + i]:
                 g_images.append(None)
                 continue
+            dz = from_means[i].flatten().expand(count, -1).contiguous()
+            dz.view(count, k, -1).transpose(0, 1).baddbmm_(g, matrix[i]).baddbmm_(z, from_squares[i])
             b, _, h, w = images[i].shape
-            dz = (g_means[i] / count).flatten().expand(count, -1).contiguous()
-            view = dz.view(count, k, -1).transpose(0, 1)
-            view.baddbmm_(g, matrix[i].detach()).baddbmm_(z, g_squares[i])
             g_images.append(dz.view(b, h, w, -1).permute(0, 3, 1, 2))
-        return None, None, g_before, g_a[0] if g_a else None, g_points, *g_images
+        return None, None, g_before, g_a, g_points, *g_images
 
 
 def _moments(images: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
@@ -468,22 +473,16 @@ def _matrix(
     return points * scale.unsqueeze(-1), -(mean * scale).sum(0), mean, variance
 
 
-def _apply(interleaved: bool, before: Tensor | None, matrix: Tensor, images: Sequence[Tensor]) -> Tensor:
-    k, (b, _, h, w) = matrix.shape[1], images[0].shape
-    rows = [_rows(z, k) for z in images]
-    first, *others = matrix.transpose(-1, -2)
-    if interleaved:
-        out = rows[0].new_empty(b, h, w, k * matrix.shape[2])
-        (one,) = rows
-        view = out.view(b * h * w, k, -1).transpose(0, 1)
-        if torch.is_grad_enabled():
-            return torch.bmm(one, first).transpose(0, 1).reshape(b, h, w, -1).permute(0, 3, 1, 2)
-        torch.bmm(one, first, out=view)
-        return out.permute(0, 3, 1, 2)
-    total = torch.bmm(rows[0], first) if before is None else torch.baddbmm(before, rows[0], first)
-    for z, m in zip(rows[1:], others, strict=True):
-        total.baddbmm_(z, m)
-    return total
+def _apply(
+    wide: bool, before: Tensor | None, matrix: Tensor, bias: Tensor, images: Sequence[Tensor]
+) -> Tensor:
+    if wide:
+        return F.conv2d(images[0], matrix.flatten(0, 2)[..., None, None], bias.flatten(), groups=len(bias))
+    first, *others = zip((_rows(z, len(bias)) for z in images), matrix.transpose(-1, -2), strict=True)
+    out = torch.bmm(*first) if before is None else torch.baddbmm(before, *first)
+    for rows, m in others:
+        out.baddbmm_(rows, m)
+    return out
 
 
 def _norm(y: Tensor, norms: Sequence[nn.BatchNorm2d], weight: Tensor | None = None) -> Tensor:

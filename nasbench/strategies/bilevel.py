@@ -70,24 +70,40 @@ def second_order(
     """Return the validation loss after one step on the training batch, and its gradient through that step.
 
     The step is w' = w - lr (momentum * buffer + gradient + decay * w), with the optimizer's present learning rate and
-    buffers. The gradient is that of L_val(w', a) with respect to a, minus lr times the mixed second derivative of
-    L_train at w, applied to the gradient v of L_val at w'.
+    buffers. The gradient is that of L_val(w', a) with respect to a, minus lr times the `mixed_derivative` of L_train at
+    w along the gradient of L_val at w'.
 
     Args:
         optimizer: plain SGD of the supernet's weights.
-        exact: take the mixed second derivative by differentiating twice; else by a central finite difference over a
-            step of 0.01 / |v| along v, as published. ReLUs and max pools have kinks, which the first does not see and
-            the second averages over: the two can be far apart.
+        exact: see `mixed_derivative`.
 
     Source: Liu et al., DARTS, ICLR 2019, arXiv:1806.09055, equations 7 and 8. The authors' code copies the model and
     adds and subtracts the steps, which rounds; we put the very weights back.
     """
-    weights = [parameter for parameter in supernet.parameters() if parameter.requires_grad]
+    loss, direct, v = step_ahead(supernet, mix, architecture, train, val, optimizer, penalty)
+    mixed = mixed_derivative(supernet, mix, architecture, train, v, exact=exact)
+    (step,) = {group["lr"] for group in optimizer.param_groups}
+    gradients = [first - step * second for first, second in zip(direct, mixed, strict=True)]
+    average(gradients)
+    return loss, gradients
+
+
+def step_ahead(
+    supernet: Supernet,
+    mix: Mix,
+    architecture: Sequence[Tensor],
+    train: Batch,
+    val: Batch,
+    optimizer: torch.optim.Optimizer,
+    penalty: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return the validation loss after one training step, its gradient in the architecture, and in the weights there.
+
+    The weights are put back; see `second_order` for the step.
+    """
+    weights = _weights(supernet)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     with _still(supernet):
-        (step,) = {group["lr"] for group in optimizer.param_groups}
-        with torch.no_grad():
-            kept = [weight.clone() for weight in weights]
         moves = _gradients(_loss(supernet, lambda: _constant(mix()), train), weights)
         average(moves)
         with torch.no_grad():
@@ -97,34 +113,39 @@ def second_order(
                 buffer = optimizer.state.get(weight, {}).get("momentum_buffer")
                 if buffer is not None:
                     move.add_(buffer, alpha=group["momentum"])
-        try:
-            _move(weights, moves, -step)
+                move.mul_(-group["lr"])
+        with _moved(weights, moves, 1.0):
             loss = _loss(supernet, mix, val)
             total = loss if penalty is None else loss + penalty.to(loss.device)
             both = _gradients(total, [*architecture, *weights])
-            direct, v = both[: len(architecture)], both[len(architecture) :]
-            average(v)
-            _restore(weights, kept)
-            if exact:
-                inner = torch.autograd.grad(
-                    _loss(supernet, mix, train), weights, create_graph=True, materialize_grads=True
-                )
-                product = torch.stack([(a * b).sum() for a, b in zip(inner, v, strict=True)]).sum()
-                mixed = _gradients(product, architecture)
-            else:
-                epsilon = PERTURBATION / float(nn.utils.get_total_norm(v))
-                sides = []
-                with _fixed(supernet):
-                    for sign in (1, -1):
-                        _move(weights, v, sign * epsilon)
-                        sides.append(_gradients(_loss(supernet, mix, train), architecture))
-                        _restore(weights, kept)
-                mixed = [(plus - minus) / (2 * epsilon) for plus, minus in zip(*sides, strict=True)]
-        finally:
-            _restore(weights, kept)
-    gradients = [first - step * second for first, second in zip(direct, mixed, strict=True)]
-    average(gradients)
-    return loss.detach(), gradients
+    v = both[len(architecture) :]
+    average(v)
+    return loss.detach(), both[: len(architecture)], v
+
+
+def mixed_derivative(
+    supernet: Supernet, mix: Mix, architecture: Sequence[Tensor], batch: Batch, v: Sequence[Tensor], *, exact: bool
+) -> list[Tensor]:
+    """Return the derivative in the architecture of the loss's derivative in the weights along `v`.
+
+    Args:
+        exact: differentiate twice; else take a central finite difference over a step of 0.01 / norm(v) along v, as
+            published. ReLUs and max pools have kinks, which the first does not see and the second averages over: the
+            two can be far apart.
+    """
+    weights = _weights(supernet)
+    with _still(supernet):
+        if exact:
+            inner = torch.autograd.grad(_loss(supernet, mix, batch), weights, create_graph=True, materialize_grads=True)
+            product = torch.stack([(a * b).sum() for a, b in zip(inner, v, strict=True)]).sum()
+            return _gradients(product, architecture)
+        epsilon = PERTURBATION / float(nn.utils.get_total_norm(v))
+        sides = []
+        with _fixed(supernet):
+            for sign in (1, -1):
+                with _moved(weights, v, sign * epsilon):
+                    sides.append(_gradients(_loss(supernet, mix, batch), architecture))
+    return [(plus - minus) / (2 * epsilon) for plus, minus in zip(*sides, strict=True)]
 
 
 def dominant_eigenvalue(
@@ -181,14 +202,21 @@ def _constant(mixture: Mixture) -> Mixture:
     return Mixture({site: weights.detach() for site, weights in mixture.items()}, mixture.active)
 
 
-def _move(weights: Sequence[Tensor], along: Sequence[Tensor], factor: float) -> None:
+def _weights(supernet: Supernet) -> list[nn.Parameter]:
+    return [parameter for parameter in supernet.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def _moved(weights: Sequence[Tensor], along: Sequence[Tensor], factor: float) -> Iterator[None]:
+    """Move the weights while the block runs; afterwards they are the very same."""
     with torch.no_grad():
+        kept = [weight.clone() for weight in weights]
         torch._foreach_add_(list(weights), list(along), alpha=factor)
-
-
-def _restore(weights: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        torch._foreach_copy_(list(weights), list(kept))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(list(weights), kept)
 
 
 @contextmanager
@@ -207,7 +235,7 @@ def _still(supernet: Supernet) -> Iterator[None]:
 @contextmanager
 def _fixed(supernet: Supernet) -> Iterator[None]:
     """Let the weights ask for no gradient."""
-    weights = [parameter for parameter in supernet.parameters() if parameter.requires_grad]
+    weights = _weights(supernet)
     for weight in weights:
         weight.requires_grad_(False)
     try:
