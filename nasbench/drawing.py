@@ -9,7 +9,6 @@ import numpy as np
 import optuna
 
 from nasbench.curves import draw_epochs, is_one_shot
-from nasbench.graphs import draw as draw_arch
 from nasbench.result import SearchResult, Trial
 from nasbench.storage import quiet
 from nasbench.strategies import distributions
@@ -18,7 +17,7 @@ from nasbench.style import ACCENT, INK, MUTED, look, name_axis, new_figure, plai
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_arch", "draw_epochs", "draw_front", "draw_importances", "draw_progress", "draw_search", "new_figure"]
+__all__ = ["draw_epochs", "draw_front", "draw_importances", "draw_progress", "draw_search", "new_figure"]
 
 ENOUGH = 20
 """Distinct architectures below which importances would be chance."""

@@ -102,11 +102,13 @@ class RelaxedCell(nn.Module):
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return self._compute(mixture, *states)
 
-        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), frozen_statistics(self)  # the first time has counted the batch
-
         out: Tensor = checkpoint(
-            self._compute, mixture, *states, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+            self._compute,
+            mixture,
+            *states,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _SecondTime(self)),
         )
         return out
 
@@ -501,8 +503,9 @@ def _norm(y: Tensor, norms: Sequence[nn.BatchNorm2d], weight: Tensor | None = No
 def _count(norms: Sequence[nn.BatchNorm2d], mean: Tensor, variance: Tensor) -> None:
     """Count a batch of mean and unbiased variance (norms, C) in the running statistics, as the norms themselves do."""
     for norm, m, v in zip(norms, mean.unbind(), variance.unbind(), strict=True):
-        if norm.track_running_stats and norm.running_mean is not None and norm.running_var is not None:
-            assert norm.num_batches_tracked is not None
+        # None: it is the second time, see `_SecondTime`.
+        if norm.track_running_stats and norm.num_batches_tracked is not None:
+            assert norm.running_mean is not None and norm.running_var is not None
             norm.num_batches_tracked.add_(1)
             momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
             norm.running_mean.lerp_(m, momentum)
@@ -613,6 +616,28 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, value in zip(norms, before, strict=True):
             norm.track_running_stats = value
+
+
+class _SecondTime(AbstractContextManager[None]):
+    """Within it, a batch that was computed before is computed again: batch norms do not count it a second time.
+
+    Recomputation must save as many tensors as the first time, the running statistics of batch norms among them. So
+    norms go on to track them as they did when this was made, only with momentum 0.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.then = [(norm, norm.track_running_stats) for norm in norms]
+        self.now: list[tuple[bool, float | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self.now = [(norm.track_running_stats, norm.momentum, norm.num_batches_tracked) for norm, _ in self.then]
+        for norm, tracked in self.then:
+            norm.track_running_stats, norm.momentum, norm.num_batches_tracked = tracked, 0.0, None
+
+    def __exit__(self, *error: object) -> None:
+        for (norm, _), now in zip(self.then, self.now, strict=True):
+            norm.track_running_stats, norm.momentum, norm.num_batches_tracked = now
 
 
 def check_settings(owner: str, form: str, partial_channels: int, *channels: int) -> None:

@@ -17,7 +17,10 @@ PACKAGES = ("search_spaces", "nasbench", "compress")
 FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MODULES = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in FILES]
 # Slow to load, or not there without an extra: imported inside the functions that need them.
-LAZY = ("torchvision", "sklearn", "matplotlib", "pandas", "scipy", "PIL", "optuna_dashboard", "onnx", "onnxruntime")
+LAZY = (
+    *("torchvision", "sklearn", "matplotlib", "pandas", "scipy", "PIL", "pygraphviz"),
+    *("optuna_dashboard", "onnx", "onnxruntime"),
+)
 
 
 def imports(source: str, *, at_import: bool) -> Iterator[str]:

@@ -62,6 +62,7 @@ def cell(text: str) -> Edges:
 NORMAL = cell(f"{SEP}(0)+{SEP}(1); {SEP}(0)+{SEP}(1); {SEP}(1)+{SKIP}(0); {SKIP}(0)+{DIL}(2)")
 REDUCTION = cell(f"{POOL}(0)+{POOL}(1); {SKIP}(2)+{POOL}(1); {POOL}(0)+{SKIP}(2); {SKIP}(2)+{POOL}(1)")
 DARTS_V2 = Drawn((("normal", NORMAL), ("reduction", REDUCTION)))
+WIDE = Drawn((("", (("a", "b", "W" * 20), ("a", "b", "M" * 20), ("i" * 20, "b", "$x$"))),))
 
 
 def random_cell(seed: int) -> Drawn:
@@ -110,6 +111,7 @@ CASES: list[tuple[SearchSpace, int]] = [
     *((NASBench201(), index) for index in (15624, 4444, 11718)),
     (ResNet(), 0),
     (DARTS_V2, 0),
+    (WIDE, 0),
     *((random_cell(seed), 0) for seed in range(8)),
 ]
 
@@ -191,9 +193,8 @@ def test_odd_graphs_are_drawn(edges: Edges, shown: list[str]) -> None:
 
 def test_the_same_architecture_gives_the_same_layout() -> None:
     one, two = Layout(NORMAL), Layout(NORMAL)
-    assert {node: place.tolist() for node, place in one.places.items()} == {
-        node: place.tolist() for node, place in two.places.items()
-    }
+    np.testing.assert_equal(one.places, two.places)
+    np.testing.assert_equal(one.lines, two.lines)
 
 
 def test_an_architecture_is_drawn_into_axes_that_are_given_and_made_to_fit() -> None:
