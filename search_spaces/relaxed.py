@@ -8,7 +8,7 @@ tests and what its benchmark compares with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -594,28 +594,6 @@ def _shuffle(x: Tensor, parts: int) -> Tensor:
 
 
 # For supernets --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Within it, batch norms normalise by the batch as ever, but leave their running statistics as they are.
-
-    Example:
-        >>> norm = nn.BatchNorm2d(1)
-        >>> with frozen_statistics(norm):
-        ...     _ = norm(torch.ones(2, 1, 3, 3))
-        >>> int(norm.num_batches_tracked)
-        0
-    """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [norm.track_running_stats for norm in norms]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm, value in zip(norms, before, strict=True):
-            norm.track_running_stats = value
 
 
 class _SecondTime(AbstractContextManager[None]):

@@ -195,6 +195,8 @@ def _loss(supernet: Supernet, mix: Mix, batch: Batch) -> Tensor:
 
 
 def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    if not loss.requires_grad:  # a drawn path may lead nowhere: the loss then depends on none of them
+        return [torch.zeros_like(each) for each in inputs]
     return list(torch.autograd.grad(loss, inputs, materialize_grads=True))
 
 

@@ -174,6 +174,22 @@ def test_an_architecture_step_that_fails_puts_the_weights_back() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(setting.supernet, setting.optimizer), strict=True))
 
 
+def test_a_drawn_path_that_leads_nowhere_has_no_gradient() -> None:
+    space = NASBench201(channels=4, cells=1, classes=3, in_channels=1)
+    supernet = space.supernet()
+    logits = {site: torch.zeros(5, requires_grad=True) for site in space.sites}
+    nothing = space.one_hot(space.at(0))
+
+    def mix() -> Mixture:
+        return Mixture({site: nothing[site] * (1 + row) for site, row in logits.items()}, nothing.active)
+
+    batch = torch.randn(4, 1, 8, 8), torch.randint(3, (4,))
+    _, gradients = bilevel.first_order(supernet, mix, list(logits.values()), batch)
+    assert all(gradient.eq(0).all() for gradient in gradients)
+    loss, _ = bilevel.weight_gradients(supernet, mix(), batch)
+    assert torch.isfinite(loss)
+
+
 def test_weight_gradients_do_not_reach_the_architecture() -> None:
     setting = Setting()
     bilevel.weight_gradients(setting.supernet, setting.mix(), setting.train)
