@@ -6,35 +6,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from nasbench.profile import Watch
-from search_spaces.base import Mixture, Supernet
 
 _IMAGES = 2  # the fewest that batch norm can train on
 
 
-def step_bytes(supernet: Supernet, mix: Callable[[], Mixture], shape: tuple[int, int, int], batch_size: int) -> int:
+def step_bytes(
+    supernet: nn.Module, step: Callable[[Tensor, Tensor], object], shape: tuple[int, int, int], batch_size: int
+) -> int:
     """Return the predicted peak memory of a training step, beyond the weights that are there already.
 
-    Steps of two and of four images are made without their effects, while every tensor alive is counted. What the larger
-    one takes more tells what an image takes.
+    The step is made for two and for four images while every tensor alive is counted; what the larger one takes more
+    tells what an image takes. Buffers and gradients are put back, and a step must change nothing else.
 
     Args:
-        mix: gives the mixture of a forward.
+        supernet: what is trained, by an optimizer with momentum.
+        step: computes the gradients of a step from images (B, C, H, W) and labels (B,).
         shape: of an image, (channels, height, width).
         batch_size: images in a step.
 
     Example:
-        >>> from search_spaces import NASBench201
-        >>> space = NASBench201(channels=4, cells=1, classes=2, in_channels=1)
-        >>> mixture = space.one_hot(space.at(0))
-        >>> step_bytes(space.supernet(), lambda: mixture, (1, 8, 8), 64) > 10_000
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(288, 2))
+        >>> step_bytes(net, lambda x, y: nn.functional.cross_entropy(net(x), y).backward(), (1, 8, 8), 64) > 8 * 36 * 64
         True
     """
     buffers = [buffer.clone() for buffer in supernet.buffers()]
     try:
-        few, more = (_peak(supernet, mix(), shape, images) for images in (_IMAGES, 2 * _IMAGES))
+        few, more = (_peak(supernet, step, shape, images) for images in (_IMAGES, 2 * _IMAGES))
     finally:
         for buffer, kept in zip(supernet.buffers(), buffers, strict=True):
             buffer.copy_(kept)
@@ -44,18 +44,23 @@ def step_bytes(supernet: Supernet, mix: Callable[[], Mixture], shape: tuple[int,
     return round(momentum + few + (more - few) / _IMAGES * (batch_size - _IMAGES))
 
 
-def _peak(supernet: Supernet, mixture: Mixture, shape: tuple[int, int, int], images: int) -> int:
-    """Return the most bytes alive at once in a forward and backward pass, gradients included."""
+def _peak(
+    supernet: nn.Module, step: Callable[[Tensor, Tensor], object], shape: tuple[int, int, int], images: int
+) -> int:
+    """Return the most bytes alive at once in a step of so many images, gradients included."""
     device = next(supernet.parameters()).device
     x = torch.zeros(images, *shape, device=device).contiguous(memory_format=torch.channels_last)
+    y = torch.zeros(images, dtype=torch.long, device=device)
     for parameter in supernet.parameters():
         parameter.grad = None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
+        step(x, y)
+        return int(torch.cuda.max_memory_allocated(device)) - before
     with Watch(x) as watch:
-        F.cross_entropy(supernet(x, mixture), torch.zeros(images, dtype=torch.long, device=device)).backward()
-    return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else watch.peak
+        step(x, y)
+    return watch.peak
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -198,20 +198,23 @@ class Training:
             group["lr"] = self.recipe.learning_rate(step, steps)
 
     def _architecture_step(self, epoch: int, train: bilevel.Batch, val: bilevel.Batch, rng: torch.Generator) -> Tensor:
-        strategy, optimizer = self.strategy, self.architecture_optimizer
-        assert isinstance(strategy, Differentiable) and optimizer is not None
+        assert self.architecture_optimizer is not None
+        loss, gradients = self._architecture_gradients(epoch, train, val, rng)
+        for row, gradient in zip(self.logits.values(), gradients, strict=True):
+            row.grad = gradient
+        self.architecture_optimizer.step()
+        return loss
+
+    def _architecture_gradients(
+        self, epoch: int, train: bilevel.Batch, val: bilevel.Batch, rng: torch.Generator
+    ) -> tuple[Tensor, list[Tensor]]:
+        strategy = self.strategy
+        assert isinstance(strategy, Differentiable)
         rows, mix, penalty = list(self.logits.values()), self._mix(epoch, rng), strategy.relaxation.penalty(self.logits)
         if strategy.second_order:
             exact = strategy.hessian == "exact"
-            loss, gradients = bilevel.second_order(
-                self.supernet, mix, rows, train, val, self.optimizer, penalty, exact=exact
-            )
-        else:
-            loss, gradients = bilevel.first_order(self.supernet, mix, rows, val, penalty)
-        for row, gradient in zip(rows, gradients, strict=True):
-            row.grad = gradient
-        optimizer.step()
-        return loss
+            return bilevel.second_order(self.supernet, mix, rows, train, val, self.optimizer, penalty, exact=exact)
+        return bilevel.first_order(self.supernet, mix, rows, val, penalty)
 
     # After an epoch ------------------------------------------------------------------------------------------------
 
@@ -291,8 +294,15 @@ class Training:
 
     def _preflight(self) -> None:
         """Refuse a step that would not fit into memory, before it is made."""
-        mix = self._mix(0, keyed_generator(self.seed))
-        need = memory.step_bytes(self.supernet, mix, self.data.shape, self.recipe.batch_size)
+
+        def step(x: Tensor, y: Tensor) -> None:
+            rng = keyed_generator(self.seed)
+            if self.logits:
+                self._architecture_gradients(0, (x, y), (x, y), rng)
+            bilevel.weight_gradients(self.supernet, self._mix(0, rng)(), (x, y))
+
+        self._set_rate(0, 1)
+        need = memory.step_bytes(self.supernet, step, self.data.shape, self.recipe.batch_size)
         free = memory.free_bytes(self.device)
         if free is not None and need > free:
             raise SettingError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
@@ -14,8 +15,8 @@ TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def run(block: str, **smaller: str) -> dict[str, object]:
-    """Execute a block in which each of these texts, which must be there, is replaced."""
+def run(block: str, known: Mapping[str, object] | None = None, **smaller: str) -> dict[str, object]:
+    """Execute a block in which each of these numbers, which must be there, is replaced; `known` names are there."""
     for old, new in smaller.items():
         assert f"{old}=" in block, f"{old}= is not in the snippet"
         block = re.sub(rf"\b{old}=\d+", f"{old}={new}", block)
@@ -23,6 +24,7 @@ def run(block: str, **smaller: str) -> dict[str, object]:
     from search_spaces import NASBench201
 
     scope: dict[str, object] = {"__name__": "__main__", "nb": nasbench, "NASBench201": NASBench201}
+    scope |= known or {}
     exec(block, scope)  # noqa: S102
     return scope
 
@@ -34,15 +36,24 @@ def test_the_front_door_opens(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "first" / "report.html").exists()
 
 
+def test_one_supernet_is_searched(tmp_path: Path) -> None:
+    import nasbench as nb
+
+    small = nb.data.load("digits", train_images=200)
+    scope = run(BLOCKS[1], {"data": small}, cells="3", channels="4", epochs="1")
+    assert scope["result"].best.arch in scope["result"].space  # type: ignore[attr-defined]
+    assert (tmp_path / "weights.png").exists()
+
+
 def test_the_comparison_runs(tmp_path: Path) -> None:
-    run(BLOCKS[1], trials="12", seeds="2")
+    run(BLOCKS[2], trials="12", seeds="2")
     assert (tmp_path / "comparison.png").exists()
 
 
 def test_the_space_and_the_strategy_work_together() -> None:
     import nasbench as nb
 
-    scope = run(BLOCKS[2] + BLOCKS[3])
+    scope = run(BLOCKS[3] + BLOCKS[4])
     data = nb.data.load("digits", train_images=100)
     space = scope["Chain"]().bind(data)  # type: ignore[operator]
     assert space.sample(Random(0)) in space

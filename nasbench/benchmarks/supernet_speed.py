@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -223,9 +222,14 @@ def memory(variant: str, batch: int, cells: int, channels: int) -> tuple[int, in
     torch.set_num_threads(1)
     saved = saved_bytes(start(variant, 2, cells, channels)) * batch // 2
     search = start(variant, batch, cells, channels)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = _kibibytes("VmRSS")
     weight_step(search)
-    return saved, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - pages * resource.getpagesize()
+    return saved, 1024 * (_kibibytes("VmHWM") - before)
+
+
+def _kibibytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def difference(cells: int, channels: int) -> dict[str, float]:

@@ -598,3 +598,28 @@ def test_damaged_svhn_is_refused(damage: str, tmp_path: Path) -> None:
         path.write_text("<html>not found</html>" * 20)
     with pytest.raises(DataError, match=r"train_32x32\.mat is no SVHN file, or it was cut short"):
         load("svhn", root=tmp_path)
+
+
+# Halves --------------------------------------------------------------------------------------------------------------
+
+
+def test_halves_share_all_but_the_training_images() -> None:
+    whole = load("digits")
+    first, second = whole.halves(seed=3)
+    rows = [set(half._rows["train"].tolist()) for half in (first, second)]
+    assert rows[0].isdisjoint(rows[1])
+    assert rows[0] | rows[1] == set(whole._rows["train"].tolist())
+    counts = [np.bincount(half._labels.numpy()[half._rows["train"]]) for half in (first, second)]
+    assert abs(counts[0] - counts[1]).max() <= 1
+    assert all(torch.equal(a, b) for half in (first, second) for a, b in zip(half._scaling, whole._scaling))  # noqa: B905
+    for half in (first, second):
+        (x, _), (x_whole, _) = next(half.eval_batches("val")), next(whole.eval_batches("val"))
+        assert torch.equal(x, x_whole)
+    assert len({half.fingerprint for half in (whole, first, second)}) == 3
+    assert load("digits").halves(seed=3)[0].fingerprint == first.fingerprint
+
+
+def test_halves_need_every_class_twice() -> None:
+    images, labels = np.zeros((12, 8, 8), np.uint8), np.array([0] * 10 + [1] * 2)
+    with pytest.raises(DataError, match="half of the 6 training images of arrays has none of class 1"):
+        from_arrays(images, labels, val_fraction=0.5).halves()

@@ -357,12 +357,24 @@ def test_predicted_memory_is_what_a_larger_step_takes(data: nb.Data) -> None:
     from nasbench.memory import _peak
 
     training = trained(data)
-    mix = training._mix(0, torch.Generator())
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> None:
+        training._architecture_gradients(0, (x, y), (x, y), torch.Generator())
+
     before = numbers(training)
-    predicted = step_bytes(training.supernet, mix, data.shape, 48)
+    predicted = step_bytes(training.supernet, step, data.shape, 48)
     assert all(torch.equal(a, b) for a, b in zip(before, numbers(training), strict=True))
     weights = sum(4 * p.numel() for p in training.supernet.parameters())
-    assert predicted - weights == pytest.approx(_peak(training.supernet, mix(), data.shape, 48), rel=0.1)
+    assert predicted - weights == pytest.approx(_peak(training.supernet, step, data.shape, 48), rel=0.1)
+
+
+def test_exact_second_order_is_predicted_to_take_more_memory(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = []
+    original = supernets.memory.step_bytes
+    monkeypatch.setattr(supernets.memory, "step_bytes", lambda *a: needs.append(original(*a)) or needs[-1])
+    for settings in ({}, {"second_order": True, "hessian": "exact"}):
+        trained(data, **settings)._preflight()
+    assert needs[1] > 1.3 * needs[0]
 
 
 def test_the_objective_says_what_it_is(data: nb.Data) -> None:

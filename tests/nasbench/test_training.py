@@ -26,7 +26,7 @@ from nasbench.devices import init_distributed, pick_device
 from nasbench.errors import CheckpointError, DataError, SettingError, TrainingDiverged
 from nasbench.files import atomic_write
 from nasbench.recipe import Recipe
-from nasbench.training import Callback, Run, evaluate, fit, validate
+from nasbench.training import Callback, Run, evaluate, fit, recalibrate, validate
 from search_spaces.operations import DropPath
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +115,8 @@ class TestRecipe:
             ("lr", "0.1", "lr='0.1', but it must be a number above 0"),
             ("momentum", 1.0, "momentum=1.0, but it must be a number from 0 to below 1"),
             ("label_smoothing", -0.1, "label_smoothing=-0.1, but it must be"),
+            ("lr_end", 0.2, "lr_end=0.2, but it must be a number from 0 to lr=0.1"),
+            ("auxiliary", -0.1, "auxiliary=-0.1, but it must be a number, 0 or more"),
             ("drop_path", 1, "drop_path=1, but it must be a number from 0 to below 1"),
             ("weight_decay", -1e-4, "weight_decay=-0.0001, but it must be a number, 0 or more"),
             ("warmup", 11, "warmup=11, but it must be a number of epochs from 0 to epochs=10"),
@@ -816,6 +818,64 @@ def _to_be_killed(folder: Path) -> None:
                 os._exit(9)
 
     fit(_net(), _data(), epochs=2, checkpoint=folder / "killed.pt", checkpoint_every=0, callbacks=[Kill()], **QUICK)
+
+
+# Two heads, and other statistics -------------------------------------------------------------------------------------
+
+
+class TwoHeads(nn.Module):
+    """Returns auxiliary logits too while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.side = nn.Linear(64, 10), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = x.flatten(1)
+        return (self.main(x), self.side(x)) if self.training else self.main(x)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_an_auxiliary_head_adds_its_weighted_loss(weight: float) -> None:
+    data = load("digits", train_images=200)
+    model = TwoHeads()
+    before = model.side.weight.detach().clone()
+    twin = copy.deepcopy(model)
+    fit(model, data, epochs=1, batch_size=160, lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0, clip=None,
+        auxiliary=weight, device="cpu", progress=False)  # fmt: skip
+    x, y = next(data.train_batches(160, seed=0, epoch=0))
+    main, side = twin.train()(x)
+    loss = functional.cross_entropy(main, y) + weight * functional.cross_entropy(side, y)
+    loss.backward()
+    assert torch.allclose(model.side.weight, before - 0.1 * twin.side.weight.grad, atol=1e-6)
+    assert torch.equal(model.side.weight, before) == (weight == 0)
+
+
+def test_recalibration_takes_the_statistics_of_training_images() -> None:
+    data = load("digits", train_images=200)
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+    norm = model[0]
+    norm.running_mean.fill_(99.0)
+    weights = model[2].weight.detach().clone()
+    recalibrate(model, data, batch_size=160)
+    x, _ = next(data.train_batches(160, seed=0, epoch=0, augment=False))
+    assert torch.allclose(norm.running_mean, x.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(norm.running_var, x.var((0, 2, 3)), atol=1e-5)
+    assert norm.momentum == 0.1
+    assert not model.training
+    assert torch.equal(model[2].weight, weights)
+    state = torch.get_rng_state()
+    recalibrate(model.train(), data)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_drop_path_grows_with_depth() -> None:
+    data = load("digits", train_images=200)
+    shallow, deep = DropPath(depth=0.25), DropPath()
+    model = nn.Sequential(shallow, deep, nn.Flatten(), nn.Linear(64, 10))
+    fit(model, data, epochs=3, drop_path=0.4, device="cpu", progress=False)
+    assert (shallow.p, deep.p) == (pytest.approx(0.1), pytest.approx(0.4))
 
 
 if __name__ == "__main__":
