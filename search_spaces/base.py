@@ -1,186 +1,23 @@
-"""Architectures and search spaces: a space is a mapping of named choices, an architecture one option for each."""
+"""Search spaces: a space is a mapping of named choices, an architecture one option for each."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from random import Random
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
-Option = str | int | float | None
-Choices = Mapping[str, tuple[Option, ...]]
+from search_spaces.arch import Arch, ArchError, Choices, Option, nearest
+from search_spaces.mixture import Mixture, one_hot
 
-
-class ArchError(ValueError):
-    """An architecture does not belong to the space it was given to."""
-
-
-def nearest(name: object, known: Iterable[str]) -> str:
-    """Return the end of an error message: the nearest known names, then all of them.
-
-    Example:
-        >>> nearest("nasbench21", ["darts", "nasbench201"])
-        "did you mean 'nasbench201'? Known: darts, nasbench201."
-    """
-    names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"{guess}Known: {', '.join(names)}."
-
-
-class Arch(Mapping[str, Option]):
-    """One option for every decision of a space: a frozen, hashable mapping, ordered like the space.
-
-    Get one from a space (``space.sample(rng)``, ``space.arch(...)``), which checks it; the constructor only stores it.
-
-    Example:
-        >>> arch = Arch({"depth": 2, "width": 16})
-        >>> arch
-        Arch(depth=2, width=16)
-        >>> Arch.from_json(arch.to_json()) == arch
-        True
-        >>> arch | {"width": 32}
-        Arch(depth=2, width=32)
-    """
-
-    __slots__ = ("_hash", "_values")
-
-    def __init__(self, values: Mapping[str, Option]) -> None:
-        self._values = dict(values)
-        self._hash: int | None = None
-
-    def __getitem__(self, name: str) -> Option:
-        try:
-            return self._values[name]
-        except KeyError:
-            raise KeyError(f"{name!r} is no decision of this architecture; {nearest(name, self._values)}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __hash__(self) -> int:
-        if self._hash is None:
-            self._hash = hash(frozenset(self._values.items()))
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self._values == other._values if isinstance(other, Arch) else NotImplemented
-
-    def __or__(self, changes: Mapping[str, Option]) -> Arch:
-        return Arch(self._values | dict(changes))
-
-    def __repr__(self) -> str:
-        plain = all(name.isidentifier() for name in self._values)
-        items = (f"{k}={v!r}" if plain else f"{k!r}: {v!r}" for k, v in self._values.items())
-        return f"Arch({', '.join(items)})" if plain else f"Arch({{{', '.join(items)}}})"
-
-    def __reduce__(self) -> tuple[type[Arch], tuple[dict[str, Option]]]:
-        return Arch, (self._values,)
-
-    def to_json(self) -> str:
-        """Return the architecture as a JSON object, in the order of its decisions."""
-        return json.dumps(self._values)
-
-    @classmethod
-    def from_json(cls, text: str) -> Arch:
-        """Read what `to_json` wrote. Check it with ``space.check(arch)``.
-
-        Raises:
-            ArchError: the text is no JSON object of strings, numbers and nulls.
-        """
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ArchError(
-                f"not an architecture: {text[:80]!r} is no JSON ({error}). Write one with arch.to_json()."
-            ) from None
-        if not isinstance(values, dict) or not all(v is None or type(v) in (str, int, float) for v in values.values()):
-            raise ArchError(
-                f"not an architecture: {text[:80]!r} is no JSON object of strings, numbers and nulls. "
-                "Write one with arch.to_json()."
-            )
-        return cls(values)
-
-
-class Mixture(Mapping[str, Tensor]):
-    """A weight for every option of every site of a supernet: what it mixes its paths by.
-
-    Mostly the sites are a space's decisions; a space may have others (`SearchSpace.sites`). Weights need not sum to 1.
-
-    Args:
-        weights: for every site a vector of as many weights as it has options.
-        active: if the mixture is a sample, for every site the positions of the weights that are not zero. They are
-            known on the host, so a path is skipped without waiting for the device to tell its weight.
-
-    Example:
-        >>> Mixture({"e01": torch.tensor([0.0, 1.0])}, active={"e01": (1,)})
-        Mixture(e01=[0.0, 1.0])
-    """
-
-    __slots__ = ("_weights", "active")
-
-    def __init__(self, weights: Mapping[str, Tensor], active: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        self._weights = dict(weights)
-        self.active = None if active is None else dict(active)
-
-    def __getitem__(self, site: str) -> Tensor:
-        try:
-            return self._weights[site]
-        except KeyError:
-            raise KeyError(f"{site!r} is no site of this mixture; {nearest(site, self._weights)}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def __repr__(self) -> str:
-        return f"Mixture({', '.join(f'{site}={weights.tolist()}' for site, weights in self.items())})"
-
-    def check(self, sites: Choices, *, values: bool = False, optional: Choices | None = None) -> Self:
-        """Return the mixture itself if it has a vector of the right length for each of these sites and no others.
-
-        Args:
-            sites: the sites it must have, with their options.
-            values: look at the numbers too, which waits for the device they are on.
-            optional: sites it may have.
-
-        Raises:
-            ArchError: a site is missing or unknown, a vector has another length, or a weight is NaN or infinite.
-        """
-        if missing := [site for site in sites if site not in self]:
-            raise ArchError(
-                f"a mixture needs a weight vector for every site; {missing[0]!r} has none, this one has those of "
-                f"{', '.join(self) or 'no site'}. Use space.one_hot(arch), or a relaxation."
-            )
-        known = {**sites, **(optional or {})}
-        for site, weights in self.items():
-            if site not in known:
-                raise ArchError(f"a mixture was given weights for {site!r}, which is no site; {nearest(site, known)}")
-            if weights.shape != (len(known[site]),):
-                raise ArchError(
-                    f"the mixture's weights of site {site!r} have shape {tuple(weights.shape)}, but it has "
-                    f"{len(known[site])} options: {', '.join(map(str, known[site]))}. Give one weight for each."
-                )
-            if values and not bool(torch.isfinite(weights).all()):
-                raise ArchError(
-                    f"the mixture's weights of site {site!r} are {weights.tolist()}: NaN or infinite weights choose "
-                    "nothing. The search that made them diverged; lower its learning rates."
-                )
-        return self
+__all__ = ["Arch", "ArchError", "Choices", "Mixture", "Option", "SearchSpace", "Supernet", "nearest", "one_hot"]
 
 
 class Supernet(nn.Module, ABC):
@@ -222,7 +59,7 @@ class SearchSpace(ABC):
 
     A space is one file with one frozen dataclass: its fields are its settings, `choices` and `build` its substance.
     Settings `classes` and `in_channels` may be left ``None``; `bind` fills them in from the data. Everything else here
-    is derived; `is_valid`, `canonical`, `graph` and `parse` are the hooks a space may override. A space whose networks
+    is derived; `is_valid`, `canonical`, `graph`, `graphs` and `parse` are the hooks a space may override. A space whose networks
     can share weights has a `supernet` too, and where its sites are not its decisions `sites`, `one_hot`, `strongest`.
 
     Example:
@@ -275,8 +112,8 @@ class SearchSpace(ABC):
 
     # Shared weights: for spaces with a supernet ----------------------------------------------------------------------
 
-    def supernet(self, **settings: Any) -> Supernet:
-        """Return a fresh supernet of the space; `settings` are the space's own.
+    def supernet(self, *args: Any, **settings: Any) -> Supernet:
+        """Return a fresh supernet of the space; a space that has one takes settings of its own, by name.
 
         Raises:
             ArchError: the space has none, or is not bound to data.
@@ -490,19 +327,3 @@ class SearchSpace(ABC):
         """Twelve hexadecimal digits of the settings and choices: equal for equal spaces, in every process."""
         text = self.to_json() + json.dumps({d: list(o) for d, o in self.choices.items()})
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def one_hot(sites: Choices, chosen: Mapping[str, int | None]) -> Mixture:
-    """Return the mixture with weight 1 on the chosen position of every site and 0 elsewhere; None chooses nothing.
-
-    Example:
-        >>> one_hot({"a": ("x", "y"), "b": ("x", "y")}, {"a": 1, "b": None})
-        Mixture(a=[0.0, 1.0], b=[0.0, 0.0])
-    """
-    weights = {site: torch.zeros(len(options)) for site, options in sites.items()}
-    active: dict[str, tuple[int, ...]] = {}
-    for site, position in chosen.items():
-        active[site] = () if position is None else (position,)
-        if position is not None:
-            weights[site][position] = 1.0
-    return Mixture(weights, active)

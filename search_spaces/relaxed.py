@@ -359,9 +359,12 @@ def _weight_gradient(g: Tensor, x: Tensor, w: Tensor, stride: int) -> Tensor:
     k = w.shape[-1]
     if k != 5 or stride != 1 or x.shape[-1] <= 2 or x.device.type != "cpu":
         return _convolution_backward(g, x, w, stride, (k // 2, k // 2), 1)
-    middle = _convolution_backward(g, x, w[..., 1:4], stride, (2, 1), 1)
-    left = _convolution_backward(g, F.pad(x, (2, -2)), w[..., :1], stride, (2, 0), 1)
-    right = _convolution_backward(g, F.pad(x, (-2, 2)), w[..., 4:], stride, (2, 0), 1)
+    rows = 2
+    if x.shape[2] < k:  # it is not fast for images lower than the kernel either
+        x, rows = F.pad(x, (0, 0, 2, 2)), 0
+    middle = _convolution_backward(g, x, w[..., 1:4], 1, (rows, 1), 1)
+    left = _convolution_backward(g, F.pad(x, (2, -2)), w[..., :1], 1, (rows, 0), 1)
+    right = _convolution_backward(g, F.pad(x, (-2, 2)), w[..., 4:], 1, (rows, 0), 1)
     return torch.cat([left, middle, right], dim=-1)
 
 
@@ -443,14 +446,14 @@ class _Folded(torch.autograd.Function):
         from_squares = torch.matmul(points.transpose(-1, -2), points * (g_variance * (2 / count)).unsqueeze(-1))
         from_means = torch.matmul(g_mean.unsqueeze(-2), points).squeeze(-2) / count
         g_images: list[Tensor | None] = []
-        for i, z in enumerate(rows):
+        for i, z in enumerate(images):
             if not ctx.needs_input_grad[5 + i]:
                 g_images.append(None)
                 continue
-            dz = from_means[i].flatten().expand(count, -1).contiguous()
-            dz.view(count, k, -1).transpose(0, 1).baddbmm_(g, matrix[i]).baddbmm_(z, from_squares[i])
-            b, _, h, w = images[i].shape
-            g_images.append(dz.view(b, h, w, -1).permute(0, 3, 1, 2))
+            dz = F.conv2d(z, from_squares[i].flatten(0, 1)[..., None, None], from_means[i].flatten(), groups=k)
+            dz = dz.contiguous(memory_format=torch.channels_last)
+            dz.permute(0, 2, 3, 1).view(count, k, -1).transpose(0, 1).baddbmm_(g, matrix[i])
+            g_images.append(dz)
         return None, None, g_before, g_a, g_points, *g_images
 
 
@@ -475,9 +478,7 @@ def _matrix(
     return points * scale.unsqueeze(-1), -(mean * scale).sum(0), mean, variance
 
 
-def _apply(
-    wide: bool, before: Tensor | None, matrix: Tensor, bias: Tensor, images: Sequence[Tensor]
-) -> Tensor:
+def _apply(wide: bool, before: Tensor | None, matrix: Tensor, bias: Tensor, images: Sequence[Tensor]) -> Tensor:
     if wide:
         return F.conv2d(images[0], matrix.flatten(0, 2)[..., None, None], bias.flatten(), groups=len(bias))
     first, *others = zip((_rows(z, len(bias)) for z in images), matrix.transpose(-1, -2), strict=True)
@@ -502,14 +503,15 @@ def _norm(y: Tensor, norms: Sequence[nn.BatchNorm2d], weight: Tensor | None = No
 @torch.no_grad()
 def _count(norms: Sequence[nn.BatchNorm2d], mean: Tensor, variance: Tensor) -> None:
     """Count a batch of mean and unbiased variance (norms, C) in the running statistics, as the norms themselves do."""
-    for norm, m, v in zip(norms, mean.unbind(), variance.unbind(), strict=True):
-        # None: it is the second time, see `_SecondTime`.
-        if norm.track_running_stats and norm.num_batches_tracked is not None:
-            assert norm.running_mean is not None and norm.running_var is not None
-            norm.num_batches_tracked.add_(1)
-            momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-            norm.running_mean.lerp_(m, momentum)
-            norm.running_var.lerp_(v, momentum)
+    # No count of batches: this is the second time, see `_SecondTime`.
+    counts = [norm.num_batches_tracked if norm.track_running_stats else None for norm in norms]
+    places = [i for i, count in enumerate(counts) if count is not None]
+    if not places:
+        return
+    torch._foreach_add_([counts[i] for i in places], 1)
+    momenta = [1.0 / float(counts[i]) if norms[i].momentum is None else norms[i].momentum for i in places]
+    for buffer, batch in (("running_mean", mean.unbind()), ("running_var", variance.unbind())):
+        torch._foreach_lerp_([getattr(norms[i], buffer) for i in places], [batch[i] for i in places], momenta)
 
 
 def _shared(x: Tensor, group: Sequence[Any]) -> Tensor:
@@ -541,12 +543,7 @@ def _rows(x: Tensor, k: int) -> Tensor:
 
 def _repeat(x: Tensor, k: int) -> Tensor:
     """(B, C, H, W) as k copies side by side, (B, k * C, H, W)."""
-    b, c, h, w = x.shape
-    return (
-        x
-        if k == 1
-        else x.permute(0, 2, 3, 1).unsqueeze(3).expand(b, h, w, k, c).reshape(b, h, w, -1).permute(0, 3, 1, 2)
-    )
+    return x if k == 1 else torch.cat([x.permute(0, 2, 3, 1)] * k, dim=3).permute(0, 3, 1, 2)
 
 
 def _phases(x: Tensor) -> Tensor:
