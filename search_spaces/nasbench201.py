@@ -349,7 +349,9 @@ class NASBench201Supernet(Supernet):
         children: OrderedDict[str, nn.Module] = OrderedDict()
         for name, module in self.network.named_children():
             if name.startswith("stage"):
-                children[name] = nn.Sequential(*(Cell.of(cell, arch) for cell in module.children()))
+                children[name] = nn.Sequential(
+                    *(Cell.of(c, arch) for c in module.children() if isinstance(c, RelaxedCell))
+                )
             else:
                 children[name] = copy.deepcopy(module)
         network = nn.Sequential(children)

@@ -17,9 +17,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from search_spaces.base import ArchError, Mixture, SearchSpace
+from search_spaces.grouped import Depthwise, Folded, phases_of, repeat, rows_of
 from search_spaces.operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv
 
 FORMS = ("fast", "textbook")
+# What the fast form knows: classes of operations, those without weights, and all others, which it computes one by one.
+_KINDS = (SepConv, DilConv, ReLUConvBN, FactorizedReduce, "shared", "other")
+_Term = tuple[Tensor, list[Any], Tensor]  # weights, modules of all edges, what their last 1x1 convolutions read
 
 
 class RelaxedCell(nn.Module):
@@ -96,6 +100,10 @@ class RelaxedCell(nn.Module):
                 o: make(o, channels // self.partial_channels, self.strides[source]) for o in operations if o != "none"
             }
             self.edges[edge] = nn.ModuleDict(made)
+        self.kinds = [
+            {name: _kind(module) for name, module in self.edges[names[0]].items()} if names else {}  # type: ignore[operator]
+            for names in self.leaving
+        ]
 
     def forward(self, mixture: Mixture, *states: Tensor) -> Tensor:
         """Return the outputs for the input states. The mixture has the dtype and the device of the states."""
@@ -115,11 +123,8 @@ class RelaxedCell(nn.Module):
     def chosen(self, edge: str, name: str) -> nn.Module:
         """Return the module of one operation of one edge, with the channels that pass it by."""
         op: nn.Module = self.edges[edge][name]  # type: ignore[index]
-        return (
-            op
-            if self.partial_channels == 1
-            else PartialChannels(op, self.partial_channels, self.strides[self.ends[edge][0]])
-        )
+        parts, stride = self.partial_channels, self.strides[self.ends[edge][0]]
+        return op if parts == 1 else PartialChannels(op, parts, stride)
 
     def _compute(self, mixture: Mixture, *inputs: Tensor) -> Tensor:
         states = list(inputs)
@@ -131,17 +136,21 @@ class RelaxedCell(nn.Module):
         found = [states[state] for state in self.outputs]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
+    def _size(self, x: Tensor, source: int) -> tuple[int, int]:
+        """Height and width behind the edges that leave a state x."""
+        return -(-x.shape[2] // self.strides[source]), -(-x.shape[3] // self.strides[source])
+
     def _edge_weight(self, edge: str, mixture: Mixture) -> Tensor | None:
         source, target = self.ends[edge]
         site = self.node_sites.get(target)
-        return mixture[site][source] if site in mixture else None
+        return mixture[site][source] if site is not None and site in mixture else None
 
     # One operation after the other ------------------------------------------------------------------------------------
 
     def _by_operation(self, mixture: Mixture, states: list[Tensor]) -> None:
         paths = self._paths(mixture)
         x = states[0]
-        shape = (x.shape[0], self.channels, *(-(-side // self.strides[0]) for side in x.shape[2:]))
+        shape = (x.shape[0], self.channels, *self._size(x, 0))
         for node in range(self.inputs, self.states):
             total: Tensor | None = None
             for edge, source in self._entering(node):
@@ -165,9 +174,9 @@ class RelaxedCell(nn.Module):
     def _paths(self, mixture: Mixture) -> dict[str, list[int]]:
         """The operations to compute, for every edge that has some and that the outputs depend on."""
         active = mixture.active
-        every = range(len(self.operations))
-        paths = {e: [i for i in (every if active is None else active.get(e, ()))] for e in self.ends}
-        paths = {e: [i for i in path if self.operations[i] != "none"] for e, path in paths.items()}
+        every = tuple(range(len(self.operations)))
+        taken = {edge: every if active is None else active.get(edge, ()) for edge in self.ends}
+        paths = {edge: [i for i in path if self.operations[i] != "none"] for edge, path in taken.items()}
         needed = set(self.outputs)
         for node in range(self.states - 1, self.inputs - 1, -1):
             if node in needed:
@@ -194,83 +203,77 @@ class RelaxedCell(nn.Module):
                 weights = weights * scale
             if self.partial_channels > 1:
                 rest = _bypass(x[:, width:], self.strides[source])
-                rests.shape = _spatial(rest)
+                rests.shape = x.shape[0], *self._size(x, source)
                 rests.mix(weights.new_ones(len(scales), 1) if scale is None else scale, [rest])
                 x = x[:, :width]
+            sums.shape = x.shape[0], *self._size(x, source)
             self._leave(source, x.contiguous(memory_format=torch.channels_last), weights, sums)
         states.append(self._node(sums, rests))
 
     def _node(self, sums: _Sums, rests: _Sums) -> Tensor:
-        node = sums.pop()
-        return (
-            node
-            if self.partial_channels == 1
-            else _shuffle(torch.cat([node, rests.pop()], dim=1), self.partial_channels)
-        )
+        node, parts = sums.pop(), self.partial_channels
+        return node if parts == 1 else _shuffle(torch.cat([node, rests.pop()], dim=1), parts)
 
     def _leave(self, source: int, x: Tensor, weights: Tensor, sums: _Sums) -> None:
         """Add the edges that leave a state x to the sums of their nodes; weights (edges, operations)."""
         stride, k = self.strides[source], len(self.leaving[source])
         relu = F.relu(x)
-        modules = [[self.edges[edge][o] for edge in self.leaving[source]] for o in self.operations if o != "none"]  # type: ignore[index]
-        columns = [weights[:, i] for i, o in enumerate(self.operations) if o != "none"]
-        groups: dict[type[nn.Module], list[tuple[Tensor, list[Any]]]] = {}
-        for column, group in zip(columns, modules, strict=True):
-            groups.setdefault(type(group[0]), []).append((column, group))
+        # Kind -> its operations: a column of weights, and the modules of all edges.
+        found: dict[Any, list[tuple[Tensor, list[Any]]]] = {kind: [] for kind in _KINDS}
+        for i, name in enumerate(self.operations):
+            if name != "none":
+                modules: list[Any] = [self.edges[edge][name] for edge in self.leaving[source]]  # type: ignore[index]
+                found[self.kinds[source][name]].append((weights[:, i], modules))
 
-        sums.shape = (x.shape[0], *(-(-side // stride) for side in x.shape[2:]))
-        convolutions = groups.pop(ReLUConvBN, []), groups.pop(FactorizedReduce, [])
-        separable, dilated = groups.pop(SepConv, []), groups.pop(DilConv, [])
-        # What has no weights is the same for all edges.
-        shared = [(column, _shared(x, group)) for rest in groups.values() for column, group in rest]
-        if shared:
+        if shared := [(column, _shared(x, group)) for column, group in found["shared"]]:
             sums.mix(torch.stack([column for column, _ in shared], dim=1), [y for _, y in shared])
-        for column, group in convolutions[0]:
+        for column, group in found["other"]:
+            sums.add(torch.cat([weight * m(x) for weight, m in zip(column, group, strict=True)], dim=1))
+        for column, group in found[ReLUConvBN]:
             conv = group[0].conv
             y = F.conv2d(relu, _cat(group, "conv"), None, conv.stride, conv.padding, conv.dilation)
             sums.add(_norm(y, [m.norm for m in group], column))
-        for column, group in convolutions[1]:
+        for column, group in found[FactorizedReduce]:
             halves = (relu, "conv1"), (F.pad(relu, (-1, 1, -1, 1)), "conv2")
             y = torch.cat([F.conv2d(z, _cat(group, n), stride=2).unflatten(1, (k, -1)) for z, n in halves], dim=2)
             sums.add(_norm(y.flatten(1, 2), [m.norm for m in group], column))
 
-        terms: list[tuple[Tensor, list[Any], Tensor]] = []
-        if separable:
+        terms: list[_Term] = []
+        if separable := found[SepConv]:
             kernels = [_cat(group, "depthwise1") for _, group in separable]
-            for (column, group), z in zip(separable, _Depthwise.apply(stride, k, relu, *kernels), strict=True):
+            for (column, group), z in zip(separable, Depthwise.apply(stride, k, relu, *kernels), strict=True):
                 points = torch.stack([m.pointwise1.weight.flatten(1) for m in group])
-                y, _, *moments = _Folded.apply(True, group[0].norm1.eps, None, None, points[None], z)
+                y, _, *moments = Folded.apply(True, group[0].norm1.eps, None, None, points[None], z)
                 _count([m.norm1 for m in group], *moments)
-                terms.append((column, group, _Depthwise.apply(1, 1, F.relu_(y), _cat(group, "depthwise2"))[0]))
-        if dilated:
+                terms.append((column, group, Depthwise.apply(1, 1, F.relu_(y), _cat(group, "depthwise2"))[0]))
+        if dilated := found[DilConv]:
             kernels = [_cat(group, "depthwise") for _, group in dilated]
-            if stride == 2:
-                # Every second pixel of an image dilated by 2 is that of an undilated one of every second pixel.
-                results = _Depthwise.apply(
-                    1, k, relu[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last), *kernels
-                )
-            elif x.shape[2] % 2 or x.shape[3] % 2:
-                results = [F.conv2d(_repeat(relu, k), w, None, 1, w.shape[-1] - 1, 2, w.shape[0]) for w in kernels]
+            halves_evenly = x.shape[2] % 2 == x.shape[3] % 2 == 0
+            results: Sequence[Tensor]
+            if stride == 2:  # only pixels of even rows and columns are read, and between these there is no dilation
+                even = relu[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
+                results = Depthwise.apply(1, k, even, *kernels)
+            elif halves_evenly:
+                results = Depthwise.apply(1, k, phases_of(relu), *kernels)
             else:
-                results = _Depthwise.apply(1, k, _phases(relu), *kernels)
-                sums.phased = self._fold(
-                    [(c, group, z) for (c, group), z in zip(dilated, results, strict=True)], sums, sums.phased
-                )
-                dilated = []
-            terms += [(c, group, z) for (c, group), z in zip(dilated, results)]
+                results = [F.conv2d(repeat(relu, k), w, None, 1, w.shape[-1] - 1, 2, len(w)) for w in kernels]
+            into: list[_Term] = [] if stride == 1 and halves_evenly else terms
+            into += [(column, group, z) for (column, group), z in zip(dilated, results, strict=True)]
+            if into is not terms:
+                sums.phased = self._fold(into, sums, sums.phased)
         if terms:
             sums.plain = self._fold(terms, sums, sums.plain)
 
-    def _fold(self, terms: Sequence[tuple[Tensor, list[Any], Tensor]], sums: _Sums, before: Tensor | None) -> Tensor:
+    def _fold(self, terms: Sequence[_Term], sums: _Sums, before: Tensor | None) -> Tensor:
         """Return the sums with the last 1x1 convolutions and batch norms of these operations added."""
         last = [[_last(m) for m in group] for _, group, _ in terms]
         points = torch.stack([torch.stack([conv.weight.flatten(1) for conv, _ in row]) for row in last])
         share = torch.stack([column for column, _, _ in terms])
-        out, bias, *moments = _Folded.apply(False, last[0][0][1].eps, before, share, points, *(z for *_, z in terms))
+        out: Tensor
+        out, bias, *moments = Folded.apply(False, last[0][0][1].eps, before, share, points, *(z for *_, z in terms))
         _count([norm for row in last for _, norm in row], *moments)
         sums.bias = bias if sums.bias is None else sums.bias + bias
-        result: Tensor = out
-        return result
+        return out
 
 
 class _Sums:
@@ -280,7 +283,7 @@ class _Sums:
         nodes: how many there are.
         shape: (B, H, W) of a node.
         plain: (nodes, B * H * W, C)
-        phased: the same, of pixels in the order of `_phases`.
+        phased: the same, of pixels in the order of `phases_of`.
         bias: (nodes, C), for all pixels.
     """
 
@@ -293,7 +296,7 @@ class _Sums:
 
     def add(self, y: Tensor) -> None:
         """Add (B, nodes * C, H, W)."""
-        rows = _rows(y, self.nodes)
+        rows = rows_of(y, self.nodes)
         self.plain = rows if self.plain is None else self.plain + rows
 
     def mix(self, weights: Tensor, terms: Sequence[Tensor]) -> None:
@@ -320,174 +323,6 @@ class _Sums:
         return node.permute(0, 3, 1, 2)
 
 
-class _Depthwise(torch.autograd.Function):
-    """Depthwise convolutions of one image (B, C, H, W) with kernels of shape (copies * C, 1, k, k), padded by k // 2.
-
-    Forward and input gradient are those of torch; oneDNN's weight gradient is fast for kernels of up to 3 columns only,
-    so those of 5 are put together.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, stride: int, copies: int, x: Tensor, *kernels: Tensor) -> tuple[Tensor, ...]:
-        ctx.stride, ctx.copies = stride, copies
-        ctx.save_for_backward(x, *kernels)
-        wide = _repeat(x, copies)
-        return tuple(F.conv2d(wide, w, None, stride, w.shape[-1] // 2, 1, w.shape[0]) for w in kernels)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *kernels = ctx.saved_tensors
-        stride, copies = ctx.stride, ctx.copies
-        wide = _repeat(x, copies)
-        dx: Tensor | None = None
-        dw: list[Tensor | None] = []
-        for g, w, wanted in zip(grads, kernels, ctx.needs_input_grad[3:], strict=True):
-            g = g.contiguous(memory_format=torch.channels_last)
-            if ctx.needs_input_grad[2]:
-                if stride == 1:
-                    part = F.conv2d(g, w.flip(2, 3), None, 1, w.shape[-1] // 2, 1, w.shape[0])
-                else:
-                    part = _convolution_backward(g, wide, w, stride, w.shape[-1] // 2, 0)
-                dx = part if dx is None else dx.add_(part)
-            dw.append(_weight_gradient(g, wide, w, stride) if wanted else None)
-        if dx is not None and copies > 1:
-            dx = _rows(dx, copies).sum(0).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
-        return None, None, dx, *dw
-
-
-def _weight_gradient(g: Tensor, x: Tensor, w: Tensor, stride: int) -> Tensor:
-    k = w.shape[-1]
-    if k != 5 or stride != 1 or x.shape[-1] <= 2 or x.device.type != "cpu":
-        return _convolution_backward(g, x, w, stride, (k // 2, k // 2), 1)
-    rows = 2
-    if x.shape[2] < k:  # it is not fast for images lower than the kernel either
-        x, rows = F.pad(x, (0, 0, 2, 2)), 0
-    middle = _convolution_backward(g, x, w[..., 1:4], 1, (rows, 1), 1)
-    left = _convolution_backward(g, F.pad(x, (2, -2)), w[..., :1], 1, (rows, 0), 1)
-    right = _convolution_backward(g, F.pad(x, (-2, 2)), w[..., 4:], 1, (rows, 0), 1)
-    return torch.cat([left, middle, right], dim=-1)
-
-
-def _convolution_backward(g: Tensor, x: Tensor, w: Tensor, stride: int, padding: Any, which: int) -> Tensor:
-    """The gradient of a depthwise convolution's input (which = 0) or weight (1)."""
-    pads = [padding, padding] if isinstance(padding, int) else list(padding)
-    mask = [which == 0, which == 1, False]
-    grads = torch.ops.aten.convolution_backward(
-        g, x, w, None, [stride, stride], pads, [1, 1], False, [0, 0], x.shape[1], mask
-    )
-    out: Tensor = grads[which]
-    return out
-
-
-class _Folded(torch.autograd.Function):
-    """Sum over n images of 1x1 convolutions, each with batch norm of its own statistics and times its weight.
-
-    Where z has mean m and second moments S, P z has mean P m and variance diag(P S P') - (P m)^2. So norm and weight
-    become part of the matrix, a P / sqrt(variance + eps), and a bias. For K edges at once:
-
-    Args:
-        before: (K, B * H * W, O) to add to, or None.
-        a: weights (n, K), or None for ones.
-        points: P, (n, K, O, C).
-        images: n of shape (B, K * C, H, W), channels_last.
-        wide: return (B, K * O, H, W), for one image.
-
-    Returns:
-        (K, B * H * W, O), without the bias, which comes second: (K, O). If `wide`, it is added already. Then mean and
-        unbiased variance (n * K, O), which have no gradients.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, wide: bool, eps: float, before: Tensor | None, a: Tensor | None, points: Tensor, *images: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.wide, ctx.eps, ctx.more = wide, eps, before is not None
-        means, squares = _moments(images, points.shape[1])
-        matrix, bias, mean, variance = _matrix(means, squares, points, a, eps)
-        out = _apply(wide, before, matrix, bias, images)
-        ctx.save_for_backward(means, squares, points, a, *images)
-        count = images[0].numel() // images[0].shape[1]
-        statistics = mean.flatten(0, 1), variance.flatten(0, 1) * (count / max(count - 1, 1))
-        ctx.mark_non_differentiable(*statistics)
-        return out, bias, *statistics
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor, g_bias: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        means, squares, points, a, *images = ctx.saved_tensors
-        k = points.shape[1]
-        g_before = g if ctx.more else None
-        if torch.is_grad_enabled():  # it will be differentiated again: take the way that torch can follow
-            inputs = (a, points, *images)
-            needed = [t for t in inputs if t is not None and t.requires_grad]
-            matrix, bias, _, _ = _matrix(*_moments(images, k), points, a, ctx.eps)
-            out = _apply(ctx.wide, None, matrix, bias, images)
-            found = iter(torch.autograd.grad((out, bias), needed, (g, g_bias), create_graph=True))
-            grads = [next(found) if t is not None and t.requires_grad else None for t in inputs]
-            return None, None, g_before, *grads
-        rows = [_rows(z, k) for z in images]
-        if ctx.wide:
-            g = _rows(g, k)
-            g_bias = g_bias + g.sum(1)
-        # The steps of `_matrix` backwards. A second moment is symmetric, and so is its gradient.
-        count = rows[0].shape[1]
-        g_matrix = torch.stack([torch.bmm(g.transpose(1, 2), z) for z in rows])
-        mean = torch.matmul(points, means.unsqueeze(-1)).squeeze(-1)
-        mixed = torch.matmul(points, squares)
-        variance = (mixed * points).sum(-1) - mean * mean
-        root = torch.rsqrt(variance.clamp(min=0) + ctx.eps)
-        scale = root if a is None else root * a.unsqueeze(-1)
-        g_scale = (g_matrix * points).sum(-1) - g_bias * mean
-        g_a = None if a is None else (g_scale * root).sum(-1)
-        g_variance = -0.5 * g_scale * scale * root * root * (variance >= 0)
-        g_mean = -g_bias * scale - 2 * mean * g_variance
-        g_points = g_matrix * scale.unsqueeze(-1) + 2 * g_variance.unsqueeze(-1) * mixed
-        g_points += g_mean.unsqueeze(-1) * means.unsqueeze(-2)
-        matrix = points * scale.unsqueeze(-1)
-        from_squares = torch.matmul(points.transpose(-1, -2), points * (g_variance * (2 / count)).unsqueeze(-1))
-        from_means = torch.matmul(g_mean.unsqueeze(-2), points).squeeze(-2) / count
-        g_images: list[Tensor | None] = []
-        for i, z in enumerate(images):
-            if not ctx.needs_input_grad[5 + i]:
-                g_images.append(None)
-                continue
-            dz = F.conv2d(z, from_squares[i].flatten(0, 1)[..., None, None], from_means[i].flatten(), groups=k)
-            dz = dz.contiguous(memory_format=torch.channels_last)
-            dz.permute(0, 2, 3, 1).view(count, k, -1).transpose(0, 1).baddbmm_(g, matrix[i])
-            g_images.append(dz)
-        return None, None, g_before, g_a, g_points, *g_images
-
-
-def _moments(images: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Means (n, K, C) and second moments (n, K, C, C) of n images of K groups of channels, over their pixels."""
-    rows = [_rows(z, k) for z in images]
-    squares = torch.stack([torch.bmm(z.transpose(1, 2), z) for z in rows]) / rows[0].shape[1]
-    means = torch.stack([z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).mean(0).view(k, -1) for z in images])
-    return means, squares
-
-
-def _matrix(
-    means: Tensor, squares: Tensor, points: Tensor, a: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Matrix (n, K, O, C), bias (K, O), and mean and variance (n, K, O) of what they are applied to."""
-    mean = torch.matmul(points, means.unsqueeze(-1)).squeeze(-1)
-    # Rounding may leave a variance of 0 below it, by more than eps.
-    variance = ((torch.matmul(points, squares) * points).sum(-1) - mean * mean).clamp(min=0)
-    scale = torch.rsqrt(variance + eps)
-    if a is not None:
-        scale = scale * a.unsqueeze(-1)
-    return points * scale.unsqueeze(-1), -(mean * scale).sum(0), mean, variance
-
-
-def _apply(wide: bool, before: Tensor | None, matrix: Tensor, bias: Tensor, images: Sequence[Tensor]) -> Tensor:
-    if wide:
-        return F.conv2d(images[0], matrix.flatten(0, 2)[..., None, None], bias.flatten(), groups=len(bias))
-    first, *others = zip((_rows(z, len(bias)) for z in images), matrix.transpose(-1, -2), strict=True)
-    out = torch.bmm(*first) if before is None else torch.baddbmm(before, *first)
-    for rows, m in others:
-        out.baddbmm_(rows, m)
-    return out
-
-
 def _norm(y: Tensor, norms: Sequence[nn.BatchNorm2d], weight: Tensor | None = None) -> Tensor:
     """Batch norms without scale side by side, each times its weight if given; or one for all, and every norm counts."""
     c = y.shape[1]
@@ -503,21 +338,34 @@ def _norm(y: Tensor, norms: Sequence[nn.BatchNorm2d], weight: Tensor | None = No
 @torch.no_grad()
 def _count(norms: Sequence[nn.BatchNorm2d], mean: Tensor, variance: Tensor) -> None:
     """Count a batch of mean and unbiased variance (norms, C) in the running statistics, as the norms themselves do."""
-    # No count of batches: this is the second time, see `_SecondTime`.
-    counts = [norm.num_batches_tracked if norm.track_running_stats else None for norm in norms]
-    places = [i for i, count in enumerate(counts) if count is not None]
-    if not places:
+    # A norm without a count of batches is computed for the second time, see `_SecondTime`.
+    counting = [norm.track_running_stats and norm.num_batches_tracked is not None for norm in norms]
+    moving: list[Any] = [norm for norm, counts in zip(norms, counting, strict=True) if counts]
+    if not moving:
         return
-    torch._foreach_add_([counts[i] for i in places], 1)
-    momenta = [1.0 / float(counts[i]) if norms[i].momentum is None else norms[i].momentum for i in places]
-    for buffer, batch in (("running_mean", mean.unbind()), ("running_var", variance.unbind())):
-        torch._foreach_lerp_([getattr(norms[i], buffer) for i in places], [batch[i] for i in places], momenta)
+    torch._foreach_add_([norm.num_batches_tracked for norm in moving], 1)
+    momenta = [1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum for norm in moving]
+    means, variances = ([row for row, counts in zip(t, counting, strict=True) if counts] for t in (mean, variance))
+    torch._foreach_lerp_([norm.running_mean for norm in moving], means, momenta)
+    torch._foreach_lerp_([norm.running_var for norm in moving], variances, momenta)
+
+
+def _kind(module: nn.Module) -> Any:
+    """Which of `_KINDS` it is. Batch norms with scale and shift are not provided for."""
+    if not list(module.parameters()):
+        return "shared"
+    affine = any(isinstance(m, nn.BatchNorm2d) and m.affine for m in module.modules())
+    return "other" if affine or type(module) not in _KINDS else type(module)
 
 
 def _shared(x: Tensor, group: Sequence[Any]) -> Tensor:
-    """An operation that has no weights, of which every edge has a copy: at most it has a batch norm to count."""
+    """An operation without weights, the same for all edges: at most it has a batch norm, and that of each counts."""
     first = group[0]
-    return _norm(first.pool(x), [m.norm for m in group]) if isinstance(first, nn.Sequential) else first(x)
+    if isinstance(first, nn.Sequential):
+        pool: nn.Module = first.pool  # type: ignore[assignment]
+        return _norm(pool(x), [m.norm for m in group])
+    y: Tensor = first(x)
+    return y
 
 
 def _last(module: SepConv | DilConv) -> tuple[Any, Any]:
@@ -534,27 +382,6 @@ def _first(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return (None if x is None else x.squeeze(0)), None
     first, others = x.split([1, len(x) - 1])
     return first.squeeze(0), others
-
-
-def _rows(x: Tensor, k: int) -> Tensor:
-    """(B, K * C, H, W) as (K, B * H * W, C), without a copy where it is channels_last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, k, x.shape[1] // k).transpose(0, 1)
-
-
-def _repeat(x: Tensor, k: int) -> Tensor:
-    """(B, C, H, W) as k copies side by side, (B, k * C, H, W)."""
-    return x if k == 1 else torch.cat([x.permute(0, 2, 3, 1)] * k, dim=3).permute(0, 3, 1, 2)
-
-
-def _phases(x: Tensor) -> Tensor:
-    """The pixels of even and odd rows and columns as images of their own, (4 * B, C, H / 2, W / 2)."""
-    b, c, h, w = x.shape
-    split = x.permute(0, 2, 3, 1).reshape(b, h // 2, 2, w // 2, 2, c).permute(2, 4, 0, 1, 3, 5)
-    return split.reshape(4 * b, h // 2, w // 2, c).permute(0, 3, 1, 2)
-
-
-def _spatial(x: Tensor) -> tuple[int, int, int]:
-    return x.shape[0], x.shape[2], x.shape[3]
 
 
 # Partial channels -----------------------------------------------------------------------------------------------------
@@ -582,12 +409,14 @@ def _with_rest(mixed: Tensor, rest: Tensor, stride: int, parts: int) -> Tensor:
 
 
 def _bypass(x: Tensor, stride: int) -> Tensor:
-    return x if stride == 1 else F.max_pool2d(x, 2, ceil_mode=True)
+    pooled: Tensor = x if stride == 1 else F.max_pool2d(x, 2, ceil_mode=True)
+    return pooled
 
 
 def _shuffle(x: Tensor, parts: int) -> Tensor:
     """Interleave the parts: the first channel of each, then the second of each, ..."""
-    return x.unflatten(1, (parts, -1)).transpose(1, 2).flatten(1, 2)
+    shuffled: Tensor = x.unflatten(1, (parts, -1)).transpose(1, 2).flatten(1, 2)
+    return shuffled
 
 
 # For supernets --------------------------------------------------------------------------------------------------------

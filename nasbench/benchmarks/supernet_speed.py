@@ -88,7 +88,7 @@ def start(variant: str, batch: int, cells: int, channels: int, dtype: torch.dtyp
     images = [torch.randn(batch, 3, 32, 32, dtype=dtype) for _ in range(2)]
     labels = [torch.randint(0, 10, (batch,)) for _ in range(2)]
     if channels_last:
-        supernet = supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        supernet = supernet.to(memory_format=torch.channels_last)
         images = [x.contiguous(memory_format=torch.channels_last) for x in images]
     optimizer = torch.optim.SGD(supernet.parameters(), LR, momentum=MOMENTUM, weight_decay=DECAY)
     return Search(supernet, logits, optimizer, (images[0], labels[0]), (images[1], labels[1]))

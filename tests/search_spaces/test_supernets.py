@@ -187,7 +187,7 @@ def test_a_nan_on_a_path_not_taken_does_not_spread(space: SearchSpace) -> None:
     for cell in supernet.modules():
         if isinstance(cell, RelaxedCell):
             for edge, operations in cell.edges.items():
-                for name, module in operations.items():  # type: ignore[union-attr, operator]
+                for name, module in operations.items():  # type: ignore[operator]
                     if cell.operations.index(name) not in mixture.active[edge]:
                         for parameter in module.parameters():
                             torch.nn.init.constant_(parameter, torch.nan)
