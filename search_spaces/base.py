@@ -59,8 +59,9 @@ class SearchSpace(ABC):
 
     A space is one file with one frozen dataclass: its fields are its settings, `choices` and `build` its substance.
     Settings `classes` and `in_channels` may be left ``None``; `bind` fills them in from the data. Everything else here
-    is derived; `is_valid`, `canonical`, `graph`, `graphs` and `parse` are the hooks a space may override. A space whose networks
-    can share weights has a `supernet` too, and where its sites are not its decisions `sites`, `one_hot`, `strongest`.
+    is derived; `is_valid`, `canonical`, `graph`, `graphs` and `parse` are the hooks a space may override. A space whose
+    networks can share weights has a `supernet` too, and where its sites are not its decisions `sites`, `one_hot` and
+    `strongest`.
 
     Example:
         >>> from random import Random
@@ -285,7 +286,7 @@ class SearchSpace(ABC):
     # Settings ------------------------------------------------------------------------------------------------------
 
     def bind(self, data: Any) -> Self:
-        """Return the space with `classes`, `in_channels` and any `image_size` taken from the data, if they are ``None``.
+        """Return the space with `classes`, `in_channels` and any `image_size` taken from the data where left ``None``.
 
         Raises:
             ArchError: the space was made for other classes, channels or sizes than the data has.
