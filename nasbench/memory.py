@@ -57,8 +57,9 @@ def _peak(
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step(x, y)
-        return int(torch.cuda.max_memory_allocated(device)) - before
-    with Watch(x) as watch:
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    watch = Watch(x)
+    with watch:
         step(x, y)
     return watch.peak
 
