@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Self
 
 import torch
@@ -20,17 +20,34 @@ class Mixture(Mapping[str, Tensor]):
         weights: for every site a vector of as many weights as it has options.
         active: if the mixture is a sample, for every site the positions of the weights that are not zero. They are
             known on the host, so a path is skipped without waiting for the device to tell its weight.
+        add_others: add the weights of the options that are not active to what a site gives. They are zero, so this
+            changes no output, but they have a gradient.
 
     Example:
         >>> Mixture({"e01": torch.tensor([0.0, 1.0])}, active={"e01": (1,)})
         Mixture(e01=[0.0, 1.0])
     """
 
-    __slots__ = ("_weights", "active")
+    __slots__ = ("_weights", "active", "add_others")
 
-    def __init__(self, weights: Mapping[str, Tensor], active: Mapping[str, tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        active: Mapping[str, tuple[int, ...]] | None = None,
+        add_others: bool = False,
+    ) -> None:
         self._weights = dict(weights)
         self.active = None if active is None else dict(active)
+        self.add_others = add_others
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Mixture:
+        """Return the mixture with this function of every weight vector, and otherwise the same.
+
+        Example:
+            >>> Mixture({"e01": torch.tensor([0.0, 1.0])}).map(lambda row: 2 * row)
+            Mixture(e01=[0.0, 2.0])
+        """
+        return Mixture({site: function(row) for site, row in self.items()}, self.active, self.add_others)
 
     def __getitem__(self, site: str) -> Tensor:
         try:

@@ -166,6 +166,8 @@ class RelaxedCell(nn.Module):
             term = mixture[edge][i] * self.edges[edge][self.operations[i]](x[:, :width])  # type: ignore[index]
             total = term if total is None else total + term
         assert total is not None
+        if mixture.add_others:
+            total = total + (mixture[edge].sum() - sum(mixture[edge][i] for i in path))
         if self.partial_channels > 1:
             total = _with_rest(total, x[:, width:], self.strides[self.ends[edge][0]], self.partial_channels)
         weight = self._edge_weight(edge, mixture)
@@ -464,5 +466,4 @@ def prepare(space: SearchSpace, mixture: Mixture, x: Tensor) -> Mixture:
         ArchError: it does not fit the space's sites.
     """
     mixture.check(space.sites, optional=space.edge_sites)
-    weights = {site: w.to(device=x.device, dtype=x.dtype, non_blocking=True) for site, w in mixture.items()}
-    return Mixture(weights, mixture.active)
+    return mixture.map(lambda row: row.to(device=x.device, dtype=x.dtype, non_blocking=True))

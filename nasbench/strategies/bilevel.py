@@ -201,7 +201,7 @@ def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _constant(mixture: Mixture) -> Mixture:
-    return Mixture({site: weights.detach() for site, weights in mixture.items()}, mixture.active)
+    return mixture.map(Tensor.detach)
 
 
 def _weights(supernet: Supernet) -> list[nn.Parameter]:

@@ -31,7 +31,7 @@ class OneShot(ABC):
     Example:
         >>> strategy = ONE_SHOT["gdas"].replace(tau=5.0)
         >>> strategy.name, strategy.relaxation, strategy.recipe.epochs
-        ('gdas', Gumbel(tau=5.0, tau_end=0.1), 250)
+        ('gdas', Gumbel(tau=5.0, tau_end=0.1, add_others=False), 250)
     """
 
     name: str

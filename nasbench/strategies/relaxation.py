@@ -81,12 +81,13 @@ class Gumbel(Relaxation):
     """One option a site, drawn by the Gumbel-max trick; its weight is 1 and carries the gradient of a softened draw.
 
     The softened draw is the softmax of (log-probabilities + Gumbel noise) / tau. Only the drawn option is computed, so
-    only its entry of the softened draw gets a gradient, as in the method's formula. The authors' code also adds the
-    others' weights, which are zero but have a gradient, to the output; ours does not.
+    only its entry of the softened draw gets a gradient, as in the method's formula.
 
     Args:
         tau: temperature in the first epoch.
         tau_end: temperature in the last; it changes linearly.
+        add_others: add the weights of the options that were not drawn to what an edge gives, as the authors' code does:
+            they are zero, but have a gradient.
 
     Raises:
         SettingError: a temperature is not above 0.
@@ -101,6 +102,7 @@ class Gumbel(Relaxation):
 
     tau: float = 10.0
     tau_end: float = 0.1
+    add_others: bool = False
     sampled = True
 
     def __post_init__(self) -> None:
@@ -119,7 +121,7 @@ class Gumbel(Relaxation):
             hard = F.one_hot(torch.tensor(chosen), len(row)).to(soft.dtype)
             weights[site] = hard - soft.detach() + soft
             active[site] = (chosen,)
-        return Mixture(weights, active)
+        return Mixture(weights, active, self.add_others)
 
     def probabilities(self, logits: Logits) -> Mixture:
         return Mixture(_by_length(_detached(logits), lambda rows: rows.softmax(1)))

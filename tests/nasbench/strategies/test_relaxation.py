@@ -115,3 +115,20 @@ def test_dirichlet_penalty_is_the_divergence_from_uniform() -> None:
 def test_bad_settings(make: object, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_the_weights_of_what_was_not_drawn_change_gradients_only() -> None:
+    from search_spaces import NASBench201
+
+    space = NASBench201(channels=4, cells=1, classes=3, in_channels=1)
+    supernet = space.supernet().double()
+    rows = {site: torch.randn(5, dtype=torch.float64).requires_grad_() for site in space.sites}
+    x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    outputs, gradients = [], []
+    for add_others in (False, True):
+        mixture = Gumbel(add_others=add_others).mix(rows, 0.5, rng(2))
+        outputs.append(supernet(x, mixture))
+        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), list(rows.values()), allow_unused=True))
+    assert torch.allclose(outputs[0], outputs[1])
+    changed = [not torch.allclose(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
+    assert any(changed)
