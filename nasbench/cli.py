@@ -194,6 +194,11 @@ def _search(options: argparse.Namespace) -> None:
     table: Any = nb.Table.load(options.table) if options.table is not None else None
     one_shot = options.strategy in nb.strategies.ONE_SHOT
     source: Any = _data(options) if table is None or one_shot else table
+    if options.table_metric and not (one_shot and table is not None):
+        raise nb.SettingError(
+            "--table-metric ranks what a one-shot strategy decodes: give --table, and --strategy darts, gdas, drnas, "
+            "pcdarts or spos."
+        )
     if one_shot and table is not None:
         settings["table"] = (table, options.table_metric) if options.table_metric else table
     elif table is None and not one_shot:

@@ -29,7 +29,8 @@ MANY = 2000
 def draw_search(result: SearchResult) -> Figure:
     """Draw a search: with one objective its values and the best so far, with several their Pareto front.
 
-    A one-shot search, whose only trial is what it chose, is drawn over its epochs (`draw_epochs`).
+    A one-shot search whose only trial is what it chose, or which is still to choose, is drawn over its epochs
+    (`draw_epochs`).
 
     Of several objectives the first is drawn upwards, the second to the right, the third as colour.
 

@@ -18,7 +18,7 @@ from zlib import crc32
 
 import numpy as np
 
-from nasbench.curves import draw_epochs, is_one_shot
+from nasbench.curves import draw_epochs, is_one_shot, known_sites
 from nasbench.drawing import draw_front, draw_importances, draw_progress
 from nasbench.errors import SettingError
 from nasbench.files import atomic_write
@@ -66,9 +66,9 @@ def _page(result: SearchResult) -> str:
         sections = {
             "Pareto front" if several else "Best architectures": _architectures(result),
             "Trials on the front" if several else "Best trials": _best_trials(result),
-            "Architecture weights over epochs": _epochs(result),
+            "Architecture weights over epochs" if known_sites(result) else "Supernet training": _epochs(result),
             "Progress": "" if is_one_shot(result) else _progress(result, first),
-            "Trade-offs": "".join(_trade_offs(result)),
+            "Trade-offs": "" if is_one_shot(result) else "".join(_trade_offs(result)),
             "What matters": _importances(result),
             "Trials": _counts(result),
             "Conditions": _conditions(result),
@@ -102,12 +102,16 @@ def _summary(result: SearchResult) -> str:
     of = f"{size:,}" if size < 10**9 else f"about 10^{len(str(size)) - 1}"
     strategy = result.conditions.get("strategy", {}).get("name")
     text = f"The strategy {strategy!r}" if strategy else "The search"
-    text += f" tried {_count(len(result.trials), 'architecture')} of {type(result.space).__name__} ({of} in all)"
+    paused = bool(result.epochs) and not result.trials
+    if paused:
+        text += f" has trained a supernet of {type(result.space).__name__} ({of} architectures)"
+        text += f"{_supernet_training(result)}; nothing was evaluated yet"
+    else:
+        text += f" tried {_count(len(result.trials), 'architecture')} of {type(result.space).__name__} ({of} in all)"
     if objective.get("kind") == "train":
         text += f", each trained on {objective['data']['name']} for {_count(objective['recipe']['epochs'], 'epoch')}"
-    elif objective.get("kind") == "supernet":
-        text += f", with the shared weights of a supernet trained on {objective['data']['name']}"
-        text += f" for {_count(objective['recipe']['epochs'], 'epoch')}"
+    elif objective.get("kind") == "supernet" and not paused:
+        text += f", with the shared weights of a supernet trained{_supernet_training(result)}"
     elif objective.get("kind") == "table":
         text += ", each looked up in a table"
     elif objective.get("kind") == "function":
@@ -115,12 +119,20 @@ def _summary(result: SearchResult) -> str:
     aims = [f"{'highest' if way == 'maximize' else 'lowest'} {word(name)}" for name, way in result.objectives.items()]
     text += f". Sought: {', '.join(aims[:-1])}{' and ' if aims[1:] else ''}{aims[-1]}."
     if not result.complete:
-        return f"{text} No trial completed."
+        return text if paused else f"{text} No trial completed."
     if len(aims) > 1:
         count = _count(len(result.pareto()), "architecture")
         return f"{text} Found: {count} that no other beats in all of these at once."
     best = result.best
     return f"{text} Found: {short_number(best.metrics[next(iter(result.objectives))])}, in trial {best.number}."
+
+
+def _supernet_training(result: SearchResult) -> str:
+    """Say on what a supernet was trained, and for how many of its epochs, as far as either is known."""
+    objective, trained = result.conditions.get("objective", {}), len(result.epochs)
+    on = f" on {objective['data']['name']}" if "data" in objective else ""
+    planned = objective.get("recipe", {}).get("epochs", trained)
+    return f"{on} for {f'{trained:,} of ' if 0 < trained < planned else ''}{_count(planned, 'epoch')}"
 
 
 def _ranked(result: SearchResult) -> list[Trial]:
@@ -143,7 +155,7 @@ def _architectures(result: SearchResult) -> str:
     some = f"<p>{len(shown)} of the {len(trials)} that differ in canonical form, evenly along the front.</p>"
     figures = []
     for trial in shown:
-        metrics = " · ".join(f"{word(name)} {_metric(trial, name)}" for name in _names([trial], result))
+        metrics = " · ".join(f"{_word(name, result)} {_metric(trial, name)}" for name in _names([trial], result))
         caption = f"<b>Trial {trial.number}</b> · {escape(metrics)}<br><code>{escape(trial.arch.to_json())}</code>"
         figure = draw(result.space, trial.arch)
         width = max(figure.get_figwidth(), 2.1)
@@ -158,7 +170,7 @@ def _best_trials(result: SearchResult) -> str:
     trials = ranked[:10]
     names = _names(trials, result)
     rows = [[str(t.number), *(_metric(t, name) for name in names), _duration(t.seconds)] for t in trials]
-    text = _table(rows, ["trial", *map(word, names), "time"], "numbers") if trials else ""
+    text = _table(rows, ["trial", *(_word(name, result) for name in names), "time"], "numbers") if trials else ""
     if len(ranked) > 10 and len(result.objectives) > 1:
         text += f"<p>10 of {len(ranked)}, best {escape(word(names[0]))} first.</p>"
     if any(len(t.runs) > 1 for t in trials):
@@ -169,7 +181,11 @@ def _best_trials(result: SearchResult) -> str:
 def _epochs(result: SearchResult) -> str:
     if not result.epochs:
         return ""
+    if not known_sites(result):
+        return f'<div class="wide">{_svg(draw_epochs(result), "Training loss over epochs")}</div>'
     note = "Thicker: the option that leads in the end. Probabilities are shares, which need not decide alone."
+    if known_sites(result, result.space.edge_sites):
+        note += " The weight of an edge scales all that it carries."
     picture = _svg(draw_epochs(result), "Probability of every option over epochs")
     return f'<div class="wide">{picture}</div><p>{note}</p>'
 
@@ -204,7 +220,7 @@ def _counts(result: SearchResult) -> str:
     if copies:
         complete += f" ({copies:,} of them copied from an equal architecture)"
     parts = [complete, *(f"{states[state]:,} {state}" for state in ("pruned", "failed"))]
-    text = f"<p>{', '.join(parts)}.</p>"
+    text = f"<p>{', '.join(parts)}.</p>" if result.trials or not result.epochs else "<p>None yet.</p>"
     # Reasons that differ in numbers only are one kind; the first stands for all.
     kinds: dict[tuple[str, str], list[str]] = {}
     for trial in result.trials:
@@ -215,10 +231,15 @@ def _counts(result: SearchResult) -> str:
     for (state, _), reasons in sorted(kinds.items(), key=lambda item: -len(item[1]))[:8]:
         rows.append([state, f"{len(reasons):,}", reasons[0][:300] + (" (and similar)" if len({*reasons}) > 1 else "")])
     text += _table(rows, ["state", "trials", "reason"]) if rows else ""
+    if trained := result.epochs and result.epochs[-1].get("seconds"):
+        text += f"<p>Training the supernet took {_duration(trained)}.</p>"
     seconds = [t.seconds for t in result.trials if t.seconds is not None and t.copied_from is None]
     if seconds:
-        text += f"<p>Evaluating took {_duration(sum(seconds))} in all, "
-        text += f"{_duration(median(seconds))} for the median trial, {_duration(max(seconds))} for the longest.</p>"
+        text += f"<p>Evaluating took {_duration(sum(seconds))}"
+        if len(seconds) > 1:
+            text += f" in all, {_duration(median(seconds))} for the median trial, {_duration(max(seconds))} for the"
+            text += " longest"
+        text += ".</p>"
     return text
 
 
@@ -242,6 +263,12 @@ def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), kind: str = 
 def _names(trials: Iterable[Trial], result: SearchResult) -> list[str]:
     """Return the metrics that these trials have, objectives first."""
     return list(dict.fromkeys([*result.objectives, *(name for trial in trials for name in trial.metrics)]))
+
+
+def _word(name: str, result: SearchResult) -> str:
+    """Return a metric's name in plain words; those that a table adds to a one-shot search say where they are from."""
+    looked_up = {"table_value": "value in the table", "rank": "rank in the table"} if result.epochs else {}
+    return looked_up.get(name) or word(name)
 
 
 def _metric(trial: Trial, name: str) -> str:

@@ -96,9 +96,10 @@ class Trial:
         if self.supernet is None:
             model = self.space.build(canonical)
         else:
-            model = self.space.supernet(**self.supernet).extract(self.arch)
+            with torch.device("meta"):  # only the sub-network's own numbers are needed, and they come from the file
+                model = self.space.supernet(**self.supernet).extract(self.arch)
         try:
-            model.load_state_dict(load_file(path))
+            model.load_state_dict(load_file(path), assign=self.supernet is not None)
         except Exception as error:
             raise WeightsError(f"the weights at {path} do not fit the network: {error}. {advice}") from error
         return model.eval()

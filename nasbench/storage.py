@@ -26,7 +26,7 @@ from search_spaces.base import SearchSpace, nearest
 CONDITIONS = "nasbench"
 """The study attribute that says what a study was made of."""
 _DAMAGED = "If its file is damaged, restore it from a copy, or delete the study's folder and start again."
-_CHECKED = ("space", "space_fingerprint", "objective", "objectives", "constraints", "strategy", "pruner", "seed")
+_CHECKED = ("space", "space_fingerprint", "strategy", "objective", "objectives", "constraints", "pruner", "seed")
 
 
 def study_folder(

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,10 @@ from nasbench.errors import SettingError, StudyError
 from nasbench.objective import Constraint, FunctionObjective, Objective, TableObjective, TrainObjective, resolve
 from nasbench.recipe import Recipe
 from nasbench.result import RESULT, SearchResult, collect
+from nasbench.shared_weights import SupernetObjective
 from nasbench.storage import environment, open_study, quiet, stored_conditions, study_folder
 from nasbench.strategies import OneShot, OptunaStrategy, Strategy
-from nasbench.supernets import SupernetObjective, read_epochs
+from nasbench.supernets import CHECKPOINT, read_epochs
 from nasbench.worker import Paused, Worker
 from search_spaces.base import Arch, SearchSpace, nearest
 
@@ -82,7 +84,8 @@ def search(
             direction of None is one that the name tells.
             Default with data or a table: "val_accuracy".
         trials: how many finished trials the study is to have in all. Default: 30; a one-shot strategy has its own.
-        timeout: seconds after which to stop; the running trial continues in the next call.
+        timeout: seconds after which to stop; the running trial continues in the next call, a supernet from the end of
+            its last epoch.
         constraints: bounds such as "params<1e6". Parameters and MACs are checked before anything is trained; a
             violator is stored as pruned and does not count.
         metrics: more metrics to measure: "bytes", "peak_bytes", "latency_ms".
@@ -135,6 +138,11 @@ def search(
     _check_metrics([*metrics, *(c.metric for c in limits)], objective)
     objective.want([*directions, *(c.metric for c in limits), *metrics])
     _check_combination(strategy, directions, pruner, objective)
+    if workers > 1 and isinstance(objective, SupernetObjective):
+        raise SettingError(
+            f"workers={workers}, but a one-shot search trains one supernet: leave workers out, or let processes share "
+            "its training with torchrun --nproc-per-node N -m nasbench search ..."
+        )
     if workers > 1 and not (
         isinstance(objective, TrainObjective) and objective.data.spec and not isinstance(study, optuna.Study)
     ):
@@ -159,10 +167,12 @@ def search(
     }
     if isinstance(strategy, BaseSampler):
         sampler = strategy
-    elif isinstance(objective, SupernetObjective):
-        sampler = objective.strategy.proposer(objective.decoded).sampler(space, seed)
+    elif isinstance(strategy, OneShot):
+        assert isinstance(objective, SupernetObjective)
+        sampler = strategy.proposer(objective.decoded).sampler(space, seed)
+        if not (isinstance(study, str) and (Path(folder) / study / CHECKPOINT).exists()):
+            objective.check_memory()  # before anything is written
     else:
-        assert not isinstance(strategy, OneShot)
         sampler = strategy.sampler(space, seed)
     home = study_folder(study, storage, Path(folder), space, objective, conditions)
     opened = open_study(study, storage, home, sampler, _pruner(pruner), conditions)
@@ -200,9 +210,11 @@ def search(
     result = collect(opened, space, directions, home, conditions, epochs)
     if dist.is_initialized():
         dist.broadcast_object_list([result.to_json()])
+    if isinstance(strategy, OneShot) and result.trials and not result.complete:
+        warnings.warn(f"nothing was found: {'; '.join({str(t.reason) for t in result.trials})}.", stacklevel=2)
     if home is not None:
         result.save(home / RESULT)
-        if result.complete:
+        if result.complete or result.epochs:
             result.report()
             result.plot(home / "search.png")
         if progress:
@@ -241,7 +253,7 @@ def _strategy(
             "A strategy that is given as an object carries its own settings."
         )
     if not isinstance(strategy, Strategy | OptunaStrategy | OneShot | BaseSampler):
-        raise SettingError(f"strategy is {strategy!r:.80}: give a name, a Strategy or an Optuna sampler.")
+        raise SettingError(f"strategy is {strategy!r:.80}: give a name, a Strategy, a OneShot or an Optuna sampler.")
     return strategy
 
 
@@ -252,7 +264,7 @@ def _reference(table: Table | tuple[Table, str] | None) -> tuple[Table, str] | N
     if table is None:
         return None
     if isinstance(table, Table):
-        names = [name for name in table.metrics if name != "seconds"]
+        names = [name for name in table.metrics if name != "seconds"] or list(table.metrics)
         return table, min(names, key=lambda name: ("test" not in name, "acc" not in name, names.index(name)))
     if isinstance(table, tuple) and len(table) == 2 and isinstance(table[0], Table) and isinstance(table[1], str):
         return table
@@ -358,7 +370,9 @@ def _check_combination(strategy: Any, directions: Mapping[str, str], pruner: Any
         raise SettingError("a pruner ends trainings on one rank alone: leave it out where several processes train.")
     if len(directions) > 1:
         raise SettingError(f"a pruner follows one objective, not {', '.join(directions)}. Leave pruner out.")
-    if list(directions) != ["val_accuracy"] or not isinstance(objective, TrainObjective):
+    if isinstance(objective, SupernetObjective):
+        raise SettingError("a pruner ends trainings early, but a one-shot search trains one supernet: leave it out.")
+    if list(directions) != ["val_accuracy"] or not objective.trains:
         raise SettingError(
             "a pruner compares validation accuracies between epochs: it needs data and objectives='val_accuracy'."
         )

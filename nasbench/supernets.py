@@ -1,7 +1,8 @@
-"""Training a supernet, and reading architectures from it: the loop and the objective of one-shot searches.
+"""Training a supernet: the loop of one-shot searches.
 
 Everything random is a function of (seed, epoch, step), and a checkpoint is written after every epoch, so a search that
-was killed and continued is the unbroken search, bit for bit (see `nasbench.training`).
+was killed and continued is the unbroken search, bit for bit (see `nasbench.training`). Weight decay spares norms and
+biases, as everywhere in this library.
 """
 
 from __future__ import annotations
@@ -12,35 +13,29 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import cached_property
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nasbench import memory, profile, training
+from nasbench import memory, training
 from nasbench.checkpoint import FORMAT, check_identity, check_writable, layers_of, read
 from nasbench.data import Data, keyed_generator
-from nasbench.devices import pick_device
 from nasbench.errors import CheckpointError, SettingError, TrainingDiverged
 from nasbench.files import atomic_write
-from nasbench.objective import WEIGHTS, Objective, TrialRun, save_weights
+from nasbench.ranks import Ranks
 from nasbench.recipe import Recipe
 from nasbench.strategies import bilevel
 from nasbench.strategies.one_shot import Differentiable, OneShot
-from search_spaces.base import Arch, ArchError, Mixture, SearchSpace, Supernet, nearest
-
-if TYPE_CHECKING:
-    from nasbench.table import Table
+from search_spaces.base import Arch, ArchError, Mixture, SearchSpace
 
 CHECKPOINT = "supernet.pt"
-EPOCHS = "epochs.json"
 _FIELDS = {"identity", "epochs", "chosen", "weights", "optimizer", "architecture", "architecture_optimizer", "seconds"}
+_KIND = "a one-shot search"
 WINDOW = 5  # epochs over which the dominant eigenvalue is averaged and compared
 GROWTH = 0.75  # the eigenvalue a window ago, divided by that of now, below which a search has begun to collapse
 
@@ -55,10 +50,12 @@ class Training:
         recipe: how to train the weights.
         seed: of everything random.
         file: the checkpoint; if it exists, the training in it is continued.
-        table: a table and the name of a metric in it, which tell the true rank of what is decoded after each epoch.
+        ranks: tell the true rank of what is decoded after each epoch.
 
     Attributes:
-        epochs: for every finished epoch what `record` tells.
+        epochs: for every finished epoch its losses, and what the architecture weights then said.
+        chosen: the epoch that an alarm went back to, if one has ended the training: its architecture counts, with the
+            weights of the last epoch.
     """
 
     def __init__(
@@ -70,11 +67,10 @@ class Training:
         *,
         seed: int = 0,
         file: Path | None = None,
-        table: tuple[Table, str] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.space, self.strategy, self.recipe, self.seed, self.file = space, strategy, recipe, seed, file
-        self.device = data.device
-        self.ranks = None if table is None else _Ranks(space, *table)
+        self.device, self.ranks = data.device, ranks
         sites = strategy.sites(space)
         self.data = data
         self.held: Data | None = None  # images that the architecture weights learn from
@@ -97,11 +93,11 @@ class Training:
                 self.logits.values(),
                 lr=strategy.arch_lr,
                 betas=(0.5, 0.999),
-                weight_decay=strategy.arch_weight_decay,
+                weight_decay=strategy.arch_decay,
             )
         self.epochs: list[dict[str, Any]] = []
         self.seconds = 0.0
-        self.chosen: int | None = None  # the epoch that an alarm went back to
+        self.chosen: int | None = None
         if file is not None:
             check_writable(file)
             if file.exists():
@@ -113,13 +109,11 @@ class Training:
         """Train what is left of the epochs. `check` is called after every step and may raise to stop.
 
         Raises:
-            SettingError: a step would not fit into memory.
             TrainingDiverged: loss, weights or architecture weights are no longer finite.
         """
         recipe, steps = self.recipe, self.data.steps(self.recipe.batch_size)
         if self.done():
             return
-        self._preflight()
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         done = len(self.epochs)
         bar = tqdm(
@@ -160,7 +154,7 @@ class Training:
             if others is not None:
                 sums[2] += self._architecture_step(epoch, train, next(others), rng)
             mixture = self._mix(epoch, rng)()
-            loss, logits = bilevel.weight_gradients(self.supernet, mixture, train)
+            loss, logits = bilevel.weight_gradients(self.supernet, mixture, train, self.recipe.label_smoothing)
             if self.recipe.clip is not None:
                 weights = [p for p in self.supernet.parameters() if p.grad is not None]
                 nn.utils.clip_grad_norm_(weights, self.recipe.clip)
@@ -191,7 +185,7 @@ class Training:
     @property
     def _first_architecture_epoch(self) -> int:
         assert isinstance(self.strategy, Differentiable)
-        return round(self.strategy.arch_start * self.recipe.epochs)
+        return int(self.strategy.arch_start * self.recipe.epochs + 1e-9)  # 0.3 * 50 is a little below 15
 
     def _set_rate(self, step: int, steps: int) -> None:
         for group in self.optimizer.param_groups:
@@ -203,6 +197,8 @@ class Training:
         for row, gradient in zip(self.logits.values(), gradients, strict=True):
             row.grad = gradient
         self.architecture_optimizer.step()
+        if not torch.cat(list(self.logits.values())).isfinite().all():  # they are on the host: nothing is waited for
+            raise self._diverged("architecture weights are")
         return loss
 
     def _architecture_gradients(
@@ -235,8 +231,8 @@ class Training:
             probabilities = self.probabilities
             try:
                 arch = self.space.decode(probabilities)
-            except ArchError as error:
-                raise self._diverged(f"architecture weights are ({error}); they are") from error
+            except ArchError:
+                raise self._diverged("architecture weights are") from None
             entry["probabilities"] = {site: row.tolist() for site, row in probabilities.items()}
             entry["arch"] = dict(arch)
             entry["skips"] = count_skips(arch)
@@ -244,7 +240,7 @@ class Training:
             if self.ranks is not None:
                 entry |= self.ranks.look_up(arch)
                 words += f", true rank {entry['rank']} of {entry['rank_of']}"
-            if getattr(self.strategy, "stop_eigenvalue", False):
+            if moved and getattr(self.strategy, "stop_eigenvalue", False):
                 entry["eigenvalue"] = self._eigenvalue(epoch)
         bar.set_postfix_str(words)
         return entry
@@ -265,44 +261,59 @@ class Training:
     def _watch_for_collapse(self) -> None:
         """Warn when skip connections take over; end the search if the strategy says so."""
         strategy, now = self.strategy, self.epochs[-1]
-        if not isinstance(strategy, Differentiable) or len(self.epochs) <= self._first_architecture_epoch:
+        if not isinstance(strategy, Differentiable) or now["arch_loss"] is None:
             return
         limit = strategy.stop_skips
-        if limit is not None and now["skips"] >= limit and len(self.epochs) > 1:
-            self.chosen = now["epoch"] - 1
+        if limit is not None and now["skips"] >= limit:
+            good = [e["epoch"] for e in self.epochs if e["arch_loss"] is not None and e["skips"] < limit]
+            self.chosen = good[-1] if good else None  # too many from the start: they may still become fewer
         values = [entry["eigenvalue"] for entry in self.epochs if entry.get("eigenvalue") is not None]
         if len(values) >= 2 * WINDOW and self.chosen is None:
             after, before = sum(values[-WINDOW:]), sum(values[-2 * WINDOW : -WINDOW])
-            if after > 0 and before / after < GROWTH:
+            if before > 0 and after > 0 and before / after < GROWTH:
                 self.chosen = now["epoch"] - WINDOW
         count = count_operations(now["arch"])
         if now["skips"] > count / 2 and not any(entry.get("alarm") for entry in self.epochs):
             now["alarm"] = True
             warnings.warn(
                 f"skip connections take over: {now['skips']} of {count} operations after epoch {now['epoch']}. Such "
-                "networks often evaluate badly; fewer epochs, stop_skips=2 or strategy='drnas' may help.",
+                "networks often evaluate badly. Fewer epochs, a smaller arch_lr or stop_skips may help.",
                 stacklevel=2,
             )
 
     def _diverged(self, what: str) -> TrainingDiverged:
+        rate = getattr(self.strategy, "arch_lr", None)
+        also = "" if rate is None else f" or arch_lr ({rate:g})"
         return TrainingDiverged(
             f"the supernet's training diverged: the {what} not finite in epoch {len(self.epochs) + 1}. Lower lr (it is "
-            f"{self.recipe.lr:g}) or clip ({self.recipe.clip}). The epochs before are kept; a new study begins anew."
+            f"{self.recipe.lr:g}), clip ({self.recipe.clip}){also}. Epochs before it are kept; a new study begins anew."
         )
 
     # Memory and files ----------------------------------------------------------------------------------------------
 
-    def _preflight(self) -> None:
-        """Refuse a step that would not fit into memory, before it is made."""
+    def check_memory(self) -> None:
+        """Refuse a step that would not fit into memory, before it is made; of drawn paths the largest of three counts.
 
-        def step(x: Tensor, y: Tensor) -> None:
-            rng = keyed_generator(self.seed)
+        Raises:
+            SettingError: it needs more than is free; the message says what to lower.
+        """
+        strategy = self.strategy
+        drawn = not isinstance(strategy, Differentiable) or strategy.relaxation.sampled
+
+        def step(x: Tensor, y: Tensor, seed: int) -> None:
+            rng = keyed_generator(self.seed, seed)
             if self.logits:
                 self._architecture_gradients(0, (x, y), (x, y), rng)
             bilevel.weight_gradients(self.supernet, self._mix(0, rng)(), (x, y))
+            if getattr(strategy, "stop_eigenvalue", False):
+                mix, rows = self._mix(0, rng), list(self.logits.values())
+                bilevel.dominant_eigenvalue(self.supernet, mix, rows, (x, y), rng, steps=1)
 
         self._set_rate(0, 1)
-        need = memory.step_bytes(self.supernet, step, self.data.shape, self.recipe.batch_size)
+        need = max(
+            memory.step_bytes(self.supernet, partial(step, seed=seed), self.data.shape, self.recipe.batch_size)
+            for seed in range(3 if drawn else 1)
+        )
         free = memory.free_bytes(self.device)
         if free is not None and need > free:
             raise SettingError(
@@ -316,13 +327,15 @@ class Training:
             "supernet": layers_of(self.supernet),
             "space": self.space.fingerprint,
             "data": self.data.fingerprint,
-            "strategy": json.dumps([self.strategy.name, self.strategy.settings()]),
+            "table": self.ranks and [self.ranks.table.fingerprint, self.ranks.metric],
             "seed": self.seed,
             **dataclasses.asdict(self.recipe),
+            "strategy": self.strategy.name,
+            **self.strategy.settings(),
         }
 
     def save(self) -> None:
-        """Write the checkpoint and, beside it, what was recorded of the epochs, each whole or not at all."""
+        """Write the checkpoint, whole or not at all."""
         if self.file is None:
             return
         arch_optimizer = self.architecture_optimizer
@@ -339,11 +352,9 @@ class Training:
         }
         with atomic_write(self.file) as temporary:
             torch.save(content, temporary)
-        with atomic_write(self.file.with_name(EPOCHS)) as temporary:
-            temporary.write_text(json.dumps(self.epochs))
 
     def _restore(self, file: Path) -> None:
-        stored = read(file, _FIELDS, "a one-shot search")
+        stored = read(file, _FIELDS, _KIND)
         check_identity(file, stored["identity"], self._identity())
         try:
             self.supernet.load_state_dict(stored["weights"])
@@ -362,28 +373,10 @@ class Training:
 
 def read_epochs(folder: Path | None) -> list[dict[str, Any]]:
     """Return what was recorded of the epochs of the supernet in a study's folder; nothing if there are none yet."""
-    file = folder / EPOCHS if folder is not None else None
+    file = folder / CHECKPOINT if folder is not None else None
     if file is None or not file.exists():
         return []
-    return json.loads(file.read_text())  # type: ignore[no-any-return]
-
-
-class _Ranks:
-    """Where an architecture stands in a table."""
-
-    def __init__(self, space: SearchSpace, table: Table, metric: str) -> None:
-        table.check(space)
-        if metric not in table.metrics:
-            raise SettingError(f"the table has no metric {metric!r}; {nearest(metric, table.metrics)}")
-        self.table, self.metric = table, metric
-        self.sign = -1.0 if "loss" in metric else 1.0
-        self.values = self.sign * table.values(metric)
-
-    def look_up(self, arch: Arch) -> dict[str, Any]:
-        """Return value and rank (1: the best) of an architecture, and of how many."""
-        value = float(self.table.query(arch, self.metric))
-        better = int((self.values > self.sign * value).sum())
-        return {"table_value": value, "rank": better + 1, "rank_of": len(self.values)}
+    return json.loads(read(file, _FIELDS, _KIND)["epochs"])  # type: ignore[no-any-return]
 
 
 def count_skips(arch: Mapping[str, Any]) -> int:
@@ -405,127 +398,3 @@ def _operations(arch: Mapping[str, Any]) -> list[str]:
     named = {name: option for name, option in arch.items() if isinstance(option, str) and option.isidentifier()}
     normal = [option for name, option in named.items() if name.startswith("normal")]
     return normal or list(named.values())
-
-
-class SupernetObjective(Objective):
-    """Score an architecture with the weights it inherits from one trained supernet.
-
-    The sub-network is extracted, its batch norms are recalibrated on training images, and it is validated.
-
-    Args:
-        space: bound to the data.
-        data: train and validation images.
-        strategy: how the supernet is trained.
-        recipe: how its weights are trained.
-        seed: of everything random.
-        device: where to train.
-        table: see `Training`.
-    """
-
-    default = "val_accuracy"
-    trains = True
-
-    def __init__(
-        self,
-        space: SearchSpace,
-        data: Data,
-        strategy: OneShot,
-        recipe: Recipe,
-        *,
-        seed: int = 0,
-        device: str = "auto",
-        table: tuple[Table, str] | None = None,
-    ) -> None:
-        if recipe.amp:
-            raise SettingError("amp=True: a supernet is trained in float32, no measurement of ours speaks for less.")
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if recipe.batch_size % world:
-            raise SettingError(
-                f"batch_size={recipe.batch_size}, but {world} processes share every batch equally: give a multiple of "
-                f"{world}, {world} at least, or start fewer processes."
-            )
-        self.space, self.strategy, self.recipe, self.seed, self.table = space, strategy, recipe, seed, table
-        self.data = data.to(pick_device(device))
-        self.names = ("val_accuracy", "val_loss", "params", "macs", "bytes", "peak_bytes", "latency_ms")
-        if table is not None:
-            self.ranks = _Ranks(space, *table)
-            self.names += ("table_value", "rank")
-        self.training: Training | None = None
-        strategy.sites(space)  # says what the space lacks, before anything is written
-
-    def settings(self) -> dict[str, Any]:
-        """Return data, recipe and seed; the strategy is the study's."""
-        return {
-            "kind": "supernet",
-            "data": {"name": self.data.name, "fingerprint": self.data.fingerprint, "load": self.data.spec},
-            "recipe": json.loads(self.recipe.to_json()),
-            "table": [self.table[0].fingerprint, self.table[1]] if self.table else None,
-        }
-
-    def prepare(self, folder: Path | None, check: Callable[[], None] = lambda: None, progress: bool = True) -> None:
-        """Train the supernet, or continue it from its checkpoint in this folder.
-
-        Another process that prepares the same study is waited for.
-        """
-        if dist.is_initialized() and dist.get_rank() == 0:
-            dist.broadcast_object_list([str(folder) if folder else ""])
-        main = not dist.is_initialized() or dist.get_rank() == 0
-        with FileLock(folder / "supernet.lock") if folder and main else nullcontext():
-            file = folder / CHECKPOINT if folder else None
-            self.training = Training(
-                self.space, self.data, self.strategy, self.recipe, seed=self.seed, file=file, table=self.table
-            )
-            self.training.run(check, progress)
-
-    def follow(self) -> None:
-        """On ranks above 0 of a data-parallel search: take part in the training that rank 0 announces."""
-        while True:
-            message: list[Any] = [None]
-            dist.broadcast_object_list(message)
-            if message[0] is None:
-                return
-            self.prepare(Path(message[0]) if message[0] else None, progress=False)
-
-    def decoded(self) -> Arch:
-        """Return the architecture that the supernet has learned."""
-        return self._trained().arch
-
-    def _trained(self) -> Training:
-        if self.training is None:
-            self.prepare(None, progress=False)
-        assert self.training is not None
-        return self.training
-
-    @cached_property
-    def _shapes(self) -> Supernet:
-        """The supernet without its numbers: sub-networks are counted without copying weights."""
-        with torch.device("meta"):
-            return self.space.supernet(**self.strategy.supernet())
-
-    def preview(self, arch: Arch, names: Sequence[str]) -> dict[str, float]:
-        """Return params, macs and whatever else an untrained sub-network tells."""
-        if not names:
-            return {}
-        found: dict[str, float] = {}
-        if {"params", "macs"} & {*names}:
-            found |= profile.count(lambda: self._shapes.extract(arch), self.data.shape)
-        if {"bytes", "peak_bytes"} & {*names}:
-            found |= profile.measure(self._trained().supernet.extract(arch), self.data.shape).to_dict()
-        if "latency_ms" in names:
-            network = self._trained().supernet.extract(arch)
-            found["latency_ms"] = profile.latency(network, self.data.shape, device=str(self.data.device)).median_ms
-        if self.table is not None:
-            found |= {k: v for k, v in self.ranks.look_up(arch).items() if k != "rank_of"}
-        return {name: value for name, value in found.items() if name in names}
-
-    def __call__(self, arch: Arch, run: TrialRun) -> dict[str, float]:
-        """Extract, recalibrate, validate."""
-        network = self._trained().supernet.extract(arch)
-        training.recalibrate(network, self.data, batch_size=self.recipe.batch_size)
-        metrics = training.validate(network, self.data)
-        if run.folder is not None:
-            save_weights(network, run.folder / WEIGHTS)
-        run.supernet = self.strategy.supernet()
-        more = [name for name in ("bytes", "peak_bytes", "latency_ms") if name in self.wanted]
-        table = ["table_value", "rank"] if self.table is not None else []
-        return metrics | self.preview(arch, ["params", "macs", *more, *table])

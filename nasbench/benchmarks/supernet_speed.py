@@ -256,7 +256,7 @@ def main() -> None:
     """Measure, and write the figures beside this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 64])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count; fewer where a batch is above 16")
     parser.add_argument("--threads", type=int, help="torch's own choice if left out")
     parser.add_argument("--steps", nargs="+", choices=list(OURS), default=list(OURS))
     parser.add_argument("--cells", type=int, default=8)
@@ -270,8 +270,9 @@ def main() -> None:
     size = arguments.cells, arguments.channels
 
     figures: dict[str, Any] = {"milliseconds": {}, "ratio_to_textbook": {}, "ratio_to_textbook_channels_last": {}}
+    turns = {batch: max(1, arguments.repeats * 16 // max(batch, 16)) for batch in arguments.batches}
     for batch in arguments.batches:
-        times = milliseconds(batch, *size, arguments.repeats, arguments.steps, clock)
+        times = milliseconds(batch, *size, turns[batch], arguments.steps, clock)
         key = f"batch_{batch}"
         figures["milliseconds"][key] = {
             step: {name: round(median(values)) for name, values in own.items()} for step, own in times.items()
@@ -307,7 +308,7 @@ def main() -> None:
         cells=arguments.cells,
         channels=arguments.channels,
         image=[3, 32, 32],
-        turns=arguments.repeats,
+        turns=[turns[batch] for batch in arguments.batches],
         clock=f"{'processor' if clock is time.process_time else 'wall'} time, medians of interleaved turns",
         pixels="random",
     )

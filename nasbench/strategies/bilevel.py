@@ -24,13 +24,15 @@ PERTURBATION = 0.01
 """Length of the finite difference's step in weight space, divided by the norm of the validation gradient."""
 
 
-def weight_gradients(supernet: Supernet, mixture: Mixture, batch: Batch) -> tuple[Tensor, Tensor]:
+def weight_gradients(
+    supernet: Supernet, mixture: Mixture, batch: Batch, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Set the gradients of the weights that the mixture uses, averaged over processes; return loss and logits."""
     x, y = batch
     for parameter in supernet.parameters():
         parameter.grad = None
     logits = supernet(x, _constant(mixture))
-    loss = F.cross_entropy(logits, y)
+    loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     loss.backward()
     average([p.grad for p in supernet.parameters() if p.grad is not None])
     return loss.detach(), logits.detach()
@@ -74,7 +76,7 @@ def second_order(
     w along the gradient of L_val at w'.
 
     Args:
-        optimizer: plain SGD of the supernet's weights.
+        optimizer: SGD of the supernet's weights, without Nesterov's momentum: the step is its own but for clipping.
         exact: see `mixed_derivative`.
 
     Source: Liu et al., DARTS, ICLR 2019, arXiv:1806.09055, equations 7 and 8. The authors' code copies the model and

@@ -10,6 +10,7 @@ from random import Random
 from typing import ClassVar
 
 from nasbench.errors import SettingError, SpaceExhausted
+from nasbench.recipe import is_number
 from nasbench.strategies.base import History, Strategy
 from search_spaces.base import Arch, SearchSpace
 
@@ -181,13 +182,14 @@ class TopEvolution(Strategy):
     mutation: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.population < 2 or not 1 <= self.parents <= self.population:
+        whole = all(type(n) is int for n in (self.population, self.parents))
+        if not whole or self.population < 2 or not 1 <= self.parents <= self.population:
             raise SettingError(
-                f"population={self.population} and parents={self.parents}: a generation has 2 architectures or more, "
-                "and of these at least one parent."
+                f"population={self.population!r} and parents={self.parents!r}: a generation has 2 architectures or "
+                "more, and at least one of them is a parent. Give whole numbers, 1 <= parents <= population."
             )
-        if not 0 < self.mutation <= 1:
-            raise SettingError(f"mutation={self.mutation}: a probability above 0, at most 1.")
+        if not is_number(self.mutation) or not 0 < self.mutation <= 1:
+            raise SettingError(f"mutation={self.mutation!r}, but it must be a probability above 0, at most 1.")
 
     def propose(self, space: SearchSpace, history: History, rng: Random) -> Arch:
         seen = history.tried | set(history.pending)

@@ -12,16 +12,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from nasbench.errors import SettingError, SpaceExhausted
-from nasbench.recipe import Recipe
+from nasbench.recipe import Recipe, is_number
 from nasbench.strategies.base import History, Strategy
 from nasbench.strategies.evolution import TopEvolution
-from nasbench.strategies.relaxation import Dirichlet, Gumbel, Relaxation, Softmax
+from nasbench.strategies.relaxation import TRUE_OR_FALSE, Dirichlet, Gumbel, Relaxation, Softmax, check_settings
 from search_spaces.base import Arch, Choices, Mixture, SearchSpace, nearest
 
 
@@ -39,6 +39,8 @@ class OneShot(ABC):
     """How the supernet's weights are trained, unless the search says otherwise."""
     trials: int
     """Architectures that a search evaluates with shared weights, unless it says otherwise."""
+    many_objectives: ClassVar[bool] = False
+    """Whether the choice can be judged by several objectives at once."""
 
     @abstractmethod
     def sites(self, space: SearchSpace) -> Choices:
@@ -46,7 +48,7 @@ class OneShot(ABC):
 
     @abstractmethod
     def supernet(self) -> dict[str, Any]:
-        """Return the settings for ``space.supernet(...)``."""
+        """Return the settings for ``space.supernet(...)``, as far as they are not its defaults."""
 
     @abstractmethod
     def mix(self, space: SearchSpace, logits: Mapping[str, Tensor], progress: float, rng: torch.Generator) -> Mixture:
@@ -59,8 +61,10 @@ class OneShot(ABC):
     def settings(self) -> dict[str, Any]:
         """Return the JSON-able settings a study is checked against; the recipe is the objective's."""
         found = dataclasses.asdict(self)  # type: ignore[call-overload]
-        for name in ("name", "recipe"):
+        for name in ("name", "recipe", "trials"):
             del found[name]
+        if "relaxation" in found:
+            found["relaxation"]["kind"] = type(getattr(self, "relaxation")).__qualname__  # noqa: B009
         return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
     def replace(self, **changes: Any) -> Self:
@@ -98,10 +102,12 @@ class Differentiable(OneShot):
         arch_start: share of the epochs in which only the weights learn.
         partial_channels: send one in so many channels through the mixtures and pass the others by; 1 sends all.
         edge_weights: learn a weight for each incoming edge of a node too.
-        stop_skips: stop before an architecture with so many skip connections is chosen (in its normal cell, where a
-            space has one), or None.
+        stop_skips: once an architecture had fewer skip connections than this (in its normal cell, where a space has
+            one), stop when one has as many, and choose the last that had fewer; or None. The weights are those of the
+            last epoch all the same.
         stop_eigenvalue: stop when the largest eigenvalue of the validation loss's Hessian in the architecture weights
-            has grown by a third within five epochs, and go back to where it began.
+            has grown by a third within five epochs, and choose the architecture of five epochs before. Not for
+            relaxations that draw at random.
         form: "fast", or "textbook": one operation after the other.
         recompute: keep no activations inside of cells, but compute them again in the backward pass.
 
@@ -127,19 +133,26 @@ class Differentiable(OneShot):
     form: str = "fast"
     recompute: bool = False
     trials: int = field(default=1, init=False)
+    many_objectives = True
 
     def __post_init__(self) -> None:
-        for name, good, rule in (
-            ("hessian", self.hessian in ("finite", "exact"), '"finite" or "exact"'),
-            ("arch_lr", self.arch_lr > 0, "a number above 0"),
-            ("arch_weight_decay", self.arch_weight_decay >= 0, "a number, 0 or more"),
-            ("arch_start", 0 <= self.arch_start < 1, "a share of the epochs, 0 or more and below 1"),
-            ("partial_channels", type(self.partial_channels) is int and self.partial_channels >= 1, "1 or more"),
-            ("stop_skips", self.stop_skips is None or self.stop_skips >= 1, "1 or more, or None"),
-            ("form", self.form in ("fast", "textbook"), '"fast" or "textbook"'),
-        ):
-            if not good:
-                raise SettingError(f"strategy {self.name!r}: {name}={getattr(self, name)!r}, but it must be {rule}.")
+        check_settings(
+            f"strategy {self.name!r}",
+            self,
+            hessian=(lambda v: v in ("finite", "exact"), '"finite" or "exact"'),
+            form=(lambda v: v in ("fast", "textbook"), '"fast" or "textbook"'),
+            arch_lr=(lambda v: is_number(v) and v > 0, "a number above 0"),
+            arch_weight_decay=(lambda v: is_number(v) and v >= 0, "a number, 0 or more"),
+            arch_start=(lambda v: is_number(v) and 0 <= v < 1, "a share of the epochs, 0 or more and below 1"),
+            partial_channels=(lambda v: type(v) is int and v >= 1, "a whole number, 1 or more"),
+            stop_skips=(lambda v: v is None or (type(v) is int and v >= 1), "a whole number, 1 or more, or None"),
+            **dict.fromkeys(("second_order", "edge_weights", "stop_eigenvalue", "recompute"), TRUE_OR_FALSE),
+        )
+        if self.stop_eigenvalue and self.relaxation.sampled:
+            raise SettingError(
+                f"strategy {self.name!r} draws its mixtures at random: the eigenvalue would be that of one draw. Leave "
+                "stop_eigenvalue out, or use strategy='darts'."
+            )
         if self.second_order and self.relaxation.sampled:
             raise SettingError(
                 f"strategy {self.name!r} draws its mixtures at random: a step ahead would be that of another draw. "
@@ -156,9 +169,14 @@ class Differentiable(OneShot):
             )
         return {**space.sites, **(space.edge_sites if self.edge_weights else {})}
 
+    @property
+    def arch_decay(self) -> float:
+        """The weight decay of Adam: none where the relaxation has a penalty of its own."""
+        return 0.0 if getattr(self.relaxation, "kl", 0) else self.arch_weight_decay
+
     def supernet(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"form": self.form, "recompute": self.recompute}
-        return found | {"partial_channels": self.partial_channels}
+        found = {"form": self.form, "recompute": self.recompute, "partial_channels": self.partial_channels}
+        return {name: value for name, value in found.items() if value not in ("fast", False) and value != 1}
 
     def mix(self, space: SearchSpace, logits: Mapping[str, Tensor], progress: float, rng: torch.Generator) -> Mixture:
         return self.relaxation.mix(logits, progress, rng)
@@ -192,13 +210,14 @@ class SinglePath(OneShot):
     trials: int = field(default=1000, init=False)
 
     def __post_init__(self) -> None:
+        check_settings(f"strategy {self.name!r}", self, recompute=TRUE_OR_FALSE)
         TopEvolution(self.population, self.parents, self.mutation)  # says what is wrong with them
 
     def sites(self, space: SearchSpace) -> Choices:
         return {}
 
     def supernet(self) -> dict[str, Any]:
-        return {"recompute": self.recompute}
+        return {"recompute": True} if self.recompute else {}
 
     def mix(self, space: SearchSpace, logits: Mapping[str, Tensor], progress: float, rng: torch.Generator) -> Mixture:
         return space.one_hot(space.sample(Random(int(torch.randint(2**62, (), generator=rng)))))
@@ -212,6 +231,7 @@ class Decoded(Strategy):
     """Propose the one architecture that a supernet has learned, once."""
 
     decode: Callable[[], Arch]
+    many_objectives = True
 
     def propose(self, space: SearchSpace, history: History, rng: Random) -> Arch:
         arch = self.decode()
@@ -237,7 +257,7 @@ _LONG = _RECIPE.replace(epochs=250)
 ONE_SHOT: dict[str, OneShot] = {
     "darts": Differentiable("darts", Softmax(), _RECIPE),
     "gdas": Differentiable("gdas", Gumbel(), _LONG.replace(batch_size=256, nesterov=True, weight_decay=5e-4)),
-    "drnas": Differentiable("drnas", Dirichlet(), _RECIPE.replace(lr=0.1), arch_lr=6e-4, arch_start=0.4),
+    "drnas": Differentiable("drnas", Dirichlet(), _RECIPE.replace(lr=0.1, lr_end=0.0), arch_lr=6e-4, arch_start=0.4),
     "pcdarts": Differentiable(
         "pcdarts",
         Softmax(),
@@ -249,4 +269,4 @@ ONE_SHOT: dict[str, OneShot] = {
     ),
     "spos": SinglePath("spos", _LONG),
 }
-"""The one-shot strategies by name, with the numbers of their papers as defaults."""
+"""The one-shot strategies by name, with the numbers of their papers as defaults: those for the space of DARTS."""

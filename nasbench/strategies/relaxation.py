@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,25 @@ from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
 from nasbench.errors import SettingError
+from nasbench.recipe import is_number
 from search_spaces.base import Choices, Mixture
 
 Logits = Mapping[str, Tensor]
+Rule = tuple[Callable[[Any], bool], str]
+TRUE_OR_FALSE: Rule = (lambda value: isinstance(value, bool), "True or False")
+
+
+def check_settings(owner: str, settings: object, **rules: Rule) -> None:
+    """Raise `SettingError` if a setting breaks its rule: a test, and what the value must be in words.
+
+    Example:
+        >>> check_settings("gdas", Gumbel(), tau=(lambda tau: tau > 99, "above 99"))
+        Traceback (most recent call last):
+        nasbench.errors.SettingError: gdas: tau=10.0, but it must be above 99.
+    """
+    for name, (good, words) in rules.items():
+        if not good(value := getattr(settings, name)):
+            raise SettingError(f"{owner}: {name}={value!r}, but it must be {words}.")
 
 
 class Relaxation(ABC):
@@ -106,9 +123,8 @@ class Gumbel(Relaxation):
     sampled = True
 
     def __post_init__(self) -> None:
-        for name in ("tau", "tau_end"):
-            if not getattr(self, name) > 0:
-                raise SettingError(f"{name}={getattr(self, name)!r}: a temperature is a number above 0.")
+        above = (lambda v: is_number(v) and v > 0, "a temperature, a number above 0")
+        check_settings("gdas", self, tau=above, tau_end=above, add_others=TRUE_OR_FALSE)
 
     def mix(self, logits: Logits, progress: float, rng: torch.Generator) -> Mixture:
         tau = self.tau + (self.tau_end - self.tau) * progress
@@ -153,19 +169,18 @@ class Dirichlet(Relaxation):
     sampled = True
 
     def __post_init__(self) -> None:
-        if not self.kl >= 0:
-            raise SettingError(f"kl={self.kl!r}: the weight of the divergence is a number, 0 or more.")
+        check_settings("drnas", self, kl=(lambda v: is_number(v) and v >= 0, "a number, 0 or more"))
 
     def mix(self, logits: Logits, progress: float, rng: torch.Generator) -> Mixture:
         # torch draws Dirichlet samples from its global generator only.
         seed = int(torch.randint(2**62, (), generator=rng))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return Mixture(_by_length(logits, lambda rows: DirichletDistribution(F.elu(rows) + 1).rsample()))
+            return Mixture(_by_length(logits, lambda rows: DirichletDistribution(_concentration(rows)).rsample()))
 
     def probabilities(self, logits: Logits) -> Mixture:
         def mean(rows: Tensor) -> Tensor:
-            concentration = F.elu(rows) + 1
+            concentration = _concentration(rows)
             return concentration / concentration.sum(1, keepdim=True)
 
         return Mixture(_by_length(_detached(logits), mean))
@@ -175,9 +190,13 @@ class Dirichlet(Relaxation):
             return None
         terms = []
         for row in logits.values():
-            ours, uniform = DirichletDistribution(F.elu(row) + 1), DirichletDistribution(torch.ones_like(row))
+            ours, uniform = DirichletDistribution(_concentration(row)), DirichletDistribution(torch.ones_like(row))
             terms.append(kl_divergence(ours, uniform))
         return self.kl * torch.stack(terms).sum()
+
+
+def _concentration(rows: Tensor) -> Tensor:
+    return (F.elu(rows) + 1).clamp_min(torch.finfo(rows.dtype).tiny)  # rounding makes it 0 for weights below -17
 
 
 def _detached(logits: Logits) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import nan
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -13,10 +13,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from torch import nn
 
-from nasbench.curves import draw_epochs
-from nasbench.result import SearchResult
+from nasbench.curves import draw_epochs, is_one_shot, known_sites
+from nasbench.result import SearchResult, Trial
 from nasbench.style import INK, MUTED
-from search_spaces import Arch, NASBench201, SearchSpace
+from search_spaces import DARTS, Arch, NASBench201, SearchSpace
 
 CELL = NASBench201()
 
@@ -86,7 +86,7 @@ def test_an_option_has_one_colour_in_all_panels_and_in_the_legend() -> None:
 
 def test_two_kinds_of_cells_are_two_blocks() -> None:
     figure = draw_epochs(searched(TWO_CELLS))
-    assert [part.get_suptitle() for part in figure.subfigs] == ["", "normal cell", "reduce cell"]
+    assert [part.get_suptitle() for part in figure.subfigs] == ["", "normal cell", "reduction cell"]
     for part in figure.subfigs[1:]:
         assert [axes.get_title(loc="left") for axes in part.axes][:3] == ["0 → 2", "1 → 2", "0 → 3"]
         assert len(part.axes) == 14
@@ -112,12 +112,113 @@ def test_rank_losses_and_eigenvalue_are_drawn_where_they_are_known() -> None:
     bottom, top = rank.get_ylim()
     assert bottom > 9000
     assert 0 < top < 1
-    assert [text.get_text() for text in rank.texts] == ["1"]
+    (label,) = rank.texts
+    assert label.get_text() == "1"
+    assert label.get_window_extent().x0 > rank.bbox.x1  # beside the panel, clear of the line
+    assert not label.get_window_extent().overlaps(loss.get_tightbbox())  # type: ignore[arg-type]
     assert [line.get_label() for line in loss.lines] == ["weights"]
+    assert loss.get_legend() is None
     losses |= {"arch_loss": [2.0] * 4, "eigenvalue": [0.1, 0.2, 0.3, 0.4]}
     panels = titled(draw_epochs(searched(CELL, **losses)))
     assert list(panels)[6:] == ["training loss", "largest eigenvalue"]
     assert len(panels["training loss"].lines) == 2
+    assert panels["training loss"].get_legend() is not None
+
+
+@pytest.mark.parametrize(
+    ("weights", "architecture", "top"),
+    [
+        ([2.0, 1.5, 1.2, 1.0], [None] * 4, 2.16),
+        ([2.0, 1.5, 1.2, 1.0], [2.5, 1.0, 1.0, 1.0], 2.7),
+        ([2.0, 1.5, nan, inf], [None] * 4, 2.16),
+        ([nan] * 4, [None] * 4, 1.0),
+        ([0.0] * 4, [None] * 4, 1.0),
+    ],
+)
+def test_losses_end_below_the_edge(weights: list[float], architecture: list[float | None], top: float) -> None:
+    panels = titled(draw_epochs(searched(CELL, train_loss=weights, arch_loss=architecture)))
+    assert panels["training loss"].get_ylim() == pytest.approx((0, top))
+
+
+def shares(space: SearchSpace, *rows: list[float]) -> SearchResult:
+    """Epochs in which all sites have the same probabilities."""
+    epochs = [{"epoch": i, "probabilities": dict.fromkeys(space.sites, row)} for i, row in enumerate(rows, start=1)]
+    return SearchResult(space, {"val_accuracy": "maximize"}, [], epochs=epochs)
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        ([0.6, 0.1, 0.1, 0.1, 0.1], (0, 0.648)),
+        ([0.24, 0.19, 0.19, 0.19, 0.19], (0.186, 0.244)),
+        ([0.2, 0.2, 0.2, 0.2, 0.2], (0.19768, 0.20232)),
+        ([1.0, 0.0, 0.0, 0.0, 0.0], (0, 1.04)),
+    ],
+)
+def test_the_axis_begins_where_the_spread_shows(last: list[float], expected: tuple[float, float]) -> None:
+    panels = titled(draw_epochs(shares(CELL, [0.2] * 5, last)))
+    assert [axes.get_ylim() for axes in panels.values()] == [pytest.approx(expected)] * 6
+    axes = panels["e01"]
+    low, high = axes.get_ylim()
+    labels = [t.get_text() for t, y in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True) if low <= y <= high]
+    assert len(set(labels)) == len(labels) >= 2
+    for label, y in zip(labels, [y for y in axes.get_yticks() if low <= y <= high], strict=True):
+        assert label.endswith("%")
+        assert float(label[:-1]) == pytest.approx(100 * y)
+
+
+def with_edges(space: SearchSpace) -> SearchResult:
+    """Epochs in which the last edge of every node gets heavier."""
+    result = searched(space)
+    for epoch in result.epochs:
+        for site, options in space.edge_sites.items():
+            others = (1 - 0.1 * epoch["epoch"]) / len(options)
+            rest = [others] * (len(options) - 1)
+            epoch["probabilities"][site] = [*rest, 1 - sum(rest)]
+    return result
+
+
+def test_the_weights_of_edges_are_a_row_below_each_cell() -> None:
+    space = DARTS(channels=4, cells=3, classes=10, in_channels=1)
+    result = with_edges(space)
+    figure = draw_epochs(result)
+    assert [part.get_suptitle() for part in figure.subfigs] == ["", "normal cell", "", "reduction cell", ""]
+    for part, kind in ((figure.subfigs[2], "normal"), (figure.subfigs[4], "reduce")):
+        figure.canvas.draw()
+        assert [axes.get_title(loc="left") for axes in part.axes] == [f"edges into {node}" for node in (2, 3, 4, 5)]
+        (legend,) = part.legends
+        texts = [text.get_text() for text in legend.get_texts()]
+        assert texts == ["weights of edges from state", "0", "1", "2", "3", "4"]
+        named = dict(zip(texts, (to_hex(h.get_color()) for h in legend.get_lines()), strict=True))
+        for node, axes in enumerate(part.axes, start=2):
+            recorded = [epoch["probabilities"][f"{kind}_inputs{node}"] for epoch in result.epochs]
+            assert [list(line.get_ydata()) for line in axes.lines] == [list(row) for row in zip(*recorded, strict=True)]
+            assert [to_hex(line.get_color()) for line in axes.lines] == [named[str(state)] for state in range(node)]
+            low, high = axes.get_ylim()
+            assert low < min(map(min, recorded)) < max(map(max, recorded)) < high
+        found = [axes.get_tightbbox() for axes in part.axes]
+        assert not [1 for i, a in enumerate(found) for b in found[:i] if a and b and a.padded(-1).overlaps(b)]
+        assert not [1 for box in found if box and box.padded(-1).overlaps(legend.get_window_extent())]
+
+
+def test_the_weights_of_edges_of_one_cell_follow_its_operations() -> None:
+    titles = list(titled(draw_epochs(with_edges(CELL))))
+    assert titles == [*CELL.sites, "edges into 2", "edges into 3"]
+    alone = with_edges(CELL)
+    for epoch in alone.epochs:
+        epoch["probabilities"] = {site: epoch["probabilities"][site] for site in CELL.edge_sites}
+    assert known_sites(alone) == ["inputs2", "inputs3"]
+    assert list(titled(draw_epochs(alone))) == ["edges into 2", "edges into 3"]
+
+
+def test_a_search_is_one_shot_until_a_second_trial_completes() -> None:
+    trials = [Trial(i, CELL.at(i), "complete", {"val_accuracy": 0.5}, finished=i) for i in range(2)]
+    failed = Trial(2, CELL.at(2), "failed", reason="x", finished=2)
+    epochs = searched(CELL).epochs
+    for found, expected in (([], True), ([failed], True), (trials[:1], True), ([trials[0], failed], True)):
+        assert is_one_shot(SearchResult(CELL, {"val_accuracy": "maximize"}, found, epochs=epochs)) is expected
+    assert not is_one_shot(SearchResult(CELL, {"val_accuracy": "maximize"}, trials, epochs=epochs))
+    assert not is_one_shot(SearchResult(CELL, {"val_accuracy": "maximize"}, trials[:1]))
 
 
 @pytest.mark.parametrize("count", [1, 2, 50])
@@ -137,6 +238,7 @@ def test_epochs_without_architecture_weights_show_the_rest() -> None:
     epochs = [{"epoch": e, "probabilities": {}, "train_loss": 1.0 / e, "arch_loss": None} for e in (1, 2)]
     figure = draw_epochs(SearchResult(CELL, {"val_accuracy": "maximize"}, [], epochs=epochs))
     assert list(titled(figure)) == ["training loss"]
+    assert len(figure.subfigs) == 1
 
 
 def test_a_search_that_diverged_is_drawn() -> None:

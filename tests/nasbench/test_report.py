@@ -399,15 +399,23 @@ def test_without_a_folder_a_path_is_needed() -> None:
 # One-shot searches -------------------------------------------------------------------------------------------------
 
 
-def one_shot(*, epochs: int = 3) -> SearchResult:
+WEIGHTS = dict.fromkeys(NASBench201().sites, [0.2] * 5)
+MEASURED = {"val_accuracy": 0.9, "params": 1000, "macs": 2000, "table_value": 0.8, "rank": 3}
+
+
+def one_shot(
+    trials: int = 1, *, name: str = "darts", weights: Mapping[str, Any] = WEIGHTS, epochs: int = 3, planned: int = 3
+) -> SearchResult:
     space = NASBench201()
-    trial = Trial(0, space.at(9), "complete", {"val_accuracy": 0.9}, space=space)
-    recipe, data = {"epochs": 50}, {"name": "digits"}
-    conditions = {"strategy": {"name": "darts"}, "objective": {"kind": "supernet", "data": data, "recipe": recipe}}
-    rows = [
-        {"epoch": e, "probabilities": dict.fromkeys(space.sites, [0.2] * 5), "rank": e} for e in range(1, epochs + 1)
+    found = [
+        Trial(i, space.at(9 + i), "complete", MEASURED, finished=i, seconds=2.5, space=space) for i in range(trials)
     ]
-    return SearchResult(space, {"val_accuracy": "maximize"}, [trial], conditions=conditions, epochs=rows)
+    recipe, data = {"epochs": planned}, {"name": "digits"}
+    conditions = {"strategy": {"name": name}, "objective": {"kind": "supernet", "data": data, "recipe": recipe}}
+    rows: list[dict[str, Any]] = [{"epoch": e, "train_loss": 2 / e, "seconds": 30.0 * e} for e in range(1, epochs + 1)]
+    if weights:
+        rows = [row | {"probabilities": weights, "rank": row["epoch"]} for row in rows]
+    return SearchResult(space, {"val_accuracy": "maximize"}, found, conditions=conditions, epochs=rows)
 
 
 def test_the_page_of_a_one_shot_search_shows_its_epochs_instead_of_one_trial(tmp_path: Path) -> None:
@@ -415,27 +423,97 @@ def test_the_page_of_a_one_shot_search_shows_its_epochs_instead_of_one_trial(tmp
     said = (
         "tried 1 architecture of NASBench201 (15,625 in all), with the shared weights of a supernet trained on digits"
     )
-    assert f"{said} for 50 epochs. Sought: highest validation accuracy. Found: 0.9000, in trial 0." in page.text
+    assert f"{said} for 3 epochs. Sought: highest validation accuracy. Found: 0.9000, in trial 0." in page.text
     assert "Search of NASBench201 on digits" in page.text
     assert "Architecture weights over epochs" in page.text
+    assert "Thicker: the option that leads" in page.text
     assert "true rank of the choice" in page.text
     assert "Progress" not in page.text
+    assert "Trade-offs" not in page.text
     assert page.tags.count("svg") == 2  # the architecture and its epochs
 
 
+def test_the_page_says_what_the_supernet_cost(tmp_path: Path) -> None:
+    assert "Training the supernet took 2 min.Evaluating took 2.5 s." in page_of(one_shot(), tmp_path).text
+    text = page_of(one_shot(2), tmp_path).text
+    assert "Training the supernet took 2 min.Evaluating took 5.0 s in all, 2.5 s for the median trial" in text
+    unknown = one_shot()
+    for epoch in unknown.epochs:
+        del epoch["seconds"]
+    assert "Training the supernet" not in page_of(unknown, tmp_path).text
+
+
+def test_what_a_table_says_of_the_choice_is_said_in_words(tmp_path: Path) -> None:
+    text = page_of(one_shot(), tmp_path).text
+    assert "value in the table 0.8000 · rank in the table 3" in text
+    assert "multiply-addsvalue in the tablerank in the tabletime" in text
+    own = page_of(SearchResult(SPACE, {"score": "maximize"}, [complete(0, score=0.5, rank=7.0)]), tmp_path).text
+    assert "rank 7.000" in own
+    assert "in the table" not in own
+
+
+def test_the_page_of_a_supernet_without_architecture_weights_shows_its_loss_alone(tmp_path: Path) -> None:
+    page = page_of(one_shot(4, name="spos", weights={}), tmp_path)
+    assert "Supernet training" in page.text
+    assert "training loss" in page.text
+    assert "Architecture weights" not in page.text
+    assert "Thicker" not in page.text
+    assert "Progress" in page.text
+    assert "Trade-offs" in page.text
+
+
+def test_the_page_shows_the_weights_of_edges_in_the_readers_colours(tmp_path: Path) -> None:
+    edges = {site: [1 / len(options)] * len(options) for site, options in NASBench201().edge_sites.items()}
+    text = write_report(one_shot(weights={**WEIGHTS, **edges}), tmp_path / "page.html").read_text()
+    page = Checker(text)
+    assert "edges into 3" in page.text
+    assert "The weight of an edge scales all that it carries." in page.text
+    assert "The weight of an edge" not in page_of(one_shot(), tmp_path).text
+    for colour, _ in style.COLOURS.values():
+        assert text.count(colour) == 1  # in the style sheet only
+
+
+def test_a_paused_search_shows_its_epochs(tmp_path: Path) -> None:
+    for name, weights, title in (("darts", WEIGHTS, "Architecture weights"), ("spos", {}, "Supernet training")):
+        page = page_of(one_shot(0, name=name, weights=weights, epochs=2, planned=50), tmp_path)
+        said = f"The strategy '{name}' has trained a supernet of NASBench201 (15,625 architectures) on digits"
+        assert f"{said} for 2 of 50 epochs; nothing was evaluated yet. Sought: highest validation acc" in page.text
+        assert title in page.text
+        assert "None yet.Training the supernet took 1 min." in page.text
+        for absent in ("tried", "No trial completed", "no trial completed", "Progress", "0 complete"):
+            assert absent not in page.text
+        assert page.tags.count("svg") == 1
+    trained = page_of(one_shot(0), tmp_path)
+    assert "on digits for 3 epochs; nothing was evaluated yet." in trained.text
+
+
+def test_a_one_shot_search_whose_trial_failed_says_so(tmp_path: Path) -> None:
+    result = one_shot(0)
+    result.trials = [Trial(0, result.space.at(9), "failed", reason="ValueError: no")]
+    text = page_of(result, tmp_path).text
+    assert "tried 1 architecture of NASBench201" in text
+    assert "No trial completed." in text
+    assert "0 complete, 0 pruned, 1 failed." in text
+    assert "Architecture weights over epochs" in text
+
+
+def test_several_objectives_of_a_paused_search_are_no_empty_plots(tmp_path: Path) -> None:
+    result = one_shot(0)
+    result.objectives = {"val_accuracy": "maximize", "params": "minimize"}
+    page = page_of(result, tmp_path)
+    assert page.tags.count("svg") == 1
+    assert "Sought: highest validation accuracy and lowest parameters." in page.text
+
+
 def test_the_plot_of_a_one_shot_search_is_its_epochs() -> None:
-    result = one_shot()
-    assert draw_search(result).axes[0].get_title(loc="left") == "e01"
-    second = replace(result.trials[0], number=1, finished=1)
-    several = SearchResult(result.space, result.objectives, [*result.trials, second], epochs=result.epochs)
-    assert draw_search(several).axes[0].get_xlabel() == "finished trials"
+    for trials in (0, 1):
+        assert draw_search(one_shot(trials)).axes[0].get_title(loc="left") == "e01"
+    assert draw_search(one_shot(2)).axes[0].get_xlabel() == "finished trials"
+    paused = draw_search(one_shot(0, name="spos", weights={}))
+    assert [axes.get_title(loc="left") for axes in paused.axes] == ["training loss"]
 
 
 def test_the_page_of_several_trials_with_epochs_shows_both(tmp_path: Path) -> None:
-    result = one_shot()
-    second = replace(result.trials[0], number=1, finished=1)
-    text = page_of(
-        SearchResult(result.space, result.objectives, [*result.trials, second], epochs=result.epochs), tmp_path
-    ).text
+    text = page_of(one_shot(2), tmp_path).text
     assert "Architecture weights over epochs" in text
     assert "Progress" in text

@@ -11,16 +11,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import nasbench as nb
 from nasbench import supernets
-from nasbench.errors import CheckpointError, SettingError, TrainingDiverged
+from nasbench.errors import CheckpointError, DataError, ResumeError, SettingError, TrainingDiverged
 from nasbench.memory import step_bytes
+from nasbench.shared_weights import SupernetObjective
 from nasbench.strategies import ONE_SHOT
-from nasbench.supernets import SupernetObjective, Training, count_operations, count_skips
-from search_spaces import NASBench201, ResNet
+from nasbench.supernets import Training, count_operations, count_skips, read_epochs
+from search_spaces import ArchError, NASBench201, ResNet
 
 SPACE = NASBench201(channels=4, cells=1)
 SMALL: dict[str, Any] = {"epochs": 2, "batch_size": 32, "progress": False}
@@ -169,11 +171,8 @@ nb.search(NASBench201(channels=4, cells=1), data, "gdas", study="s", epochs=12, 
     assert start(tmp_path / "whole").wait() == 0
     for kill in range(3):
         process = start(tmp_path / "broken")
-        file = tmp_path / "broken" / "runs" / "s" / "epochs.json"
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if file.exists() and len(json.loads(file.read_text())) > 2 + 2 * kill:
-                break
+        while time.monotonic() < deadline and len(read_epochs(tmp_path / "broken" / "runs" / "s")) <= 2 + 2 * kill:
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -188,7 +187,7 @@ nb.search(NASBench201(channels=4, cells=1), data, "gdas", study="s", epochs=12, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arch_lr": 0.5}, "strategy is"),
+        ({"arch_lr": 0.5}, "arch_lr is 0.0003 there and 0.5 here"),
         ({"lr": 0.5}, "lr is 0.025 there and 0.5 here"),
         ({"partial_channels": 2}, "supernet is"),
     ],
@@ -245,8 +244,10 @@ def test_single_paths_learn_from_all_training_images(data: nb.Data) -> None:
 
 
 def test_nan_ends_a_search_with_a_reason(data: nb.Data) -> None:
-    with pytest.raises(TrainingDiverged, match=r"the loss is not finite in epoch 1. Lower lr \(it is 1e\+12\)"):
+    with pytest.raises(TrainingDiverged, match=r"the loss is not finite in epoch 1. Lower lr \(it is 1e\+12\), clip"):
         trained(data, lr=1e12, clip=None).run(progress=False)
+    with pytest.raises(TrainingDiverged, match=r"or arch_lr \(1e\+30\)"):
+        trained(data, "drnas", arch_lr=1e30, arch_start=0.0).run(progress=False)
     training = trained(data)
     with torch.no_grad():
         next(iter(training.logits.values())).fill_(float("nan"))
@@ -280,7 +281,7 @@ def test_a_collapse_is_announced_once(data: nb.Data, monkeypatch: pytest.MonkeyP
 
 
 def test_stop_skips_goes_back_to_the_last_good_epoch(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = trained(data, epochs=9, stop_skips=5)
+    training = trained(data, epochs=9, stop_skips=6)
     original = Training._record
 
     def record(self: Training, epoch: int, *rest: Any) -> dict[str, Any]:
@@ -296,12 +297,29 @@ def test_stop_skips_goes_back_to_the_last_good_epoch(data: nb.Data, monkeypatch:
     assert training.done()
 
 
+def test_stop_skips_waits_for_an_architecture_with_fewer(data: nb.Data) -> None:
+    training = trained(data, epochs=3, stop_skips=1)
+    collapse(training, 0)
+    with pytest.warns(UserWarning, match="take over"):
+        training.run(progress=False)
+    assert (len(training.epochs), training.chosen) == (3, None)  # there was none to go back to
+    begins_late = trained(data, epochs=4, stop_skips=6, arch_start=0.5)
+    collapse(begins_late, 0)
+    with pytest.warns(UserWarning, match="take over"):
+        begins_late.run(progress=False)
+    assert begins_late.chosen is None  # nothing was learned before the third epoch
+
+
 def test_stop_eigenvalue_goes_back_a_window(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     training = trained(data, epochs=30, stop_eigenvalue=True)
     monkeypatch.setattr(Training, "_eigenvalue", lambda self, epoch: 1.0 if epoch < 12 else 3.0)
     training.run(progress=False)
     # Windows of five: 4 * 1 + 3 = 7 after 13 epochs, against 5 in those before: 5 / 7 < 0.75.
     assert (len(training.epochs), training.chosen) == (13, 8)
+    negative = trained(data, epochs=11, stop_eigenvalue=True)
+    monkeypatch.setattr(Training, "_eigenvalue", lambda self, epoch: -0.01 if epoch < 5 else 0.02)
+    negative.run(progress=False)
+    assert negative.chosen is None  # a curvature that was negative has not grown by a third
 
 
 def test_eigenvalues_are_recorded(data: nb.Data) -> None:
@@ -321,15 +339,37 @@ def test_eigenvalues_are_recorded(data: nb.Data) -> None:
         ({"strategy": "darts", "amp": True}, "amp=True: a supernet is trained in float32"),
         ({"strategy": "darts", "table": "x"}, "table is 'x': give a nasbench.Table"),
         ({"strategy": "random", "trials": 1, "use_table": True}, "this strategy decodes none"),
-        ({"strategy": "darts", "workers": 2}, "workers=2 starts processes"),
-        ({"strategy": "darts", "pruner": "median"}, "pruner"),
+        ({"strategy": "darts", "workers": 2}, "workers=2, but a one-shot search trains one supernet"),
+        ({"strategy": "darts", "pruner": "median"}, "a pruner ends trainings early, but a one-shot search"),
+        ({"strategy": "darts", "drop_path": 0.2}, "drop_path=0.2: a supernet has no such thing"),
+        ({"strategy": "darts", "auxiliary": 0.1}, "auxiliary=0.1: a supernet has no such thing"),
+        (
+            {"strategy": "darts", "second_order": True, "nesterov": True},
+            "second_order=True looks ahead by a step of plain",
+        ),
+        (
+            {"strategy": "darts", "second_order": True, "recipe": nb.Recipe(epochs=1)},
+            "nesterov=True. Use optimizer='sgd'",
+        ),
+        ({"strategy": "spos", "objectives": ("val_accuracy", "params")}, "SinglePath follows one objective"),
+        ({"strategy": "spos", "objectives": {"rank": "minimize"}, "use_table": True}, "does not report 'rank'"),
+        ({"strategy": "darts", "cutout": 20}, "cutout=20 is outside 0..8"),
+        ({"strategy": "darts", "partial_channels": 3}, "partial_channels=3, but a cell has 4 channels"),
+        ({"strategy": "darts", "study": "../x"}, "cannot be a folder name"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str, data: nb.Data, table: nb.Table) -> None:
     if settings.pop("use_table", False):
         settings = settings | {"table": table}
-    with pytest.raises(SettingError, match=message):
-        nb.search(SPACE, data, **{**SMALL, **settings})
+    with pytest.raises((SettingError, ArchError), match=message):
+        nb.search(SPACE, data, **{**({"progress": False} if "recipe" in settings else SMALL), **settings})
+    assert not Path("runs").exists()
+
+
+def test_too_few_images_are_refused_before_anything_is_written() -> None:
+    few = nb.data.from_arrays(np.zeros((8, 8, 8), np.uint8), np.arange(8) % 4, val_fraction=0.5)
+    with pytest.raises(DataError, match="half of the 4 training images of arrays has none of class"):
+        nb.search(SPACE, few, "darts", **SMALL)
     assert not Path("runs").exists()
 
 
@@ -341,13 +381,16 @@ def test_a_table_metric_must_be_there(data: nb.Data, table: nb.Table) -> None:
 def test_one_shot_needs_images_and_a_supernet(data: nb.Data, table: nb.Table) -> None:
     with pytest.raises(SettingError, match="trains a supernet: it needs images, .*, not Table"):
         nb.search(SPACE, table, "darts", epochs=1)
-    with pytest.raises(ValueError, match="ResNet has no supernet, and one-shot strategies need one"):
-        nb.search(ResNet(), data, "darts", **SMALL)
+    for name in ("darts", "spos"):
+        with pytest.raises(ArchError, match="ResNet has no supernet, and one-shot strategies need one"):
+            nb.search(ResNet(), data, name, **SMALL)
+    assert not Path("runs").exists()
     with pytest.raises(SettingError, match="'darts' trains a supernet, and nothing is trained here"):
         nb.compare(["darts"], SPACE, table)
 
 
 def test_a_step_that_does_not_fit_is_refused_before_it_is_made(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Path("runs").exists()
     monkeypatch.setattr(supernets.memory, "free_bytes", lambda device: 1000)
     with pytest.raises(SettingError, match="needs about .* GB at batch_size=32, and 0.0 GB are free on cpu. Lower"):
         nb.search(SPACE, data, "darts", **SMALL)
@@ -373,8 +416,47 @@ def test_exact_second_order_is_predicted_to_take_more_memory(data: nb.Data, monk
     original = supernets.memory.step_bytes
     monkeypatch.setattr(supernets.memory, "step_bytes", lambda *a: needs.append(original(*a)) or needs[-1])
     for settings in ({}, {"second_order": True, "hessian": "exact"}):
-        trained(data, **settings)._preflight()
+        trained(data, **settings).check_memory()
     assert needs[1] > 1.3 * needs[0]
+
+
+def test_several_objectives_describe_the_one_architecture(data: nb.Data) -> None:
+    result = nb.search(SPACE, data, "darts", objectives=("val_accuracy", "params"), study="s", **SMALL)
+    assert len(result.pareto()) == 1
+
+
+def test_a_decoded_architecture_that_breaks_a_constraint_is_said(data: nb.Data) -> None:
+    with pytest.warns(UserWarning, match="nothing was found: .*params.*breaks params<10"):
+        result = nb.search(SPACE, data, "darts", constraints="params<10", study="s", **SMALL)
+    assert result.complete == []
+    assert len(result.epochs) == 2
+
+
+def test_more_metrics_are_another_study(data: nb.Data) -> None:
+    nb.search(SPACE, data, "darts", study="s", **SMALL)
+    with pytest.raises(ResumeError, match="extra"):
+        nb.search(SPACE, data, "darts", study="s", metrics="bytes", **SMALL)
+    with pytest.raises(ResumeError, match="was written with strategy"):
+        nb.search(SPACE, data, "gdas", study="s", **SMALL)
+
+
+def test_any_strategy_may_search_shared_weights(data: nb.Data) -> None:
+    space = SPACE.bind(data)
+    spos = ONE_SHOT["spos"]
+    objective = SupernetObjective(space, data, spos, spos.recipe.replace(epochs=2, batch_size=32))
+    result = nb.search(space, objective, "random", trials=3, study="s", progress=False)
+    seeded = [trial.arch for trial in nb.search(space, lambda a: {"x": 1.0}, "random", objectives={"x": "maximize"},
+                                                trials=3, progress=False).trials]  # fmt: skip
+    assert [trial.arch for trial in result.trials] == seeded
+    assert len(result.epochs) == 2
+
+
+def test_label_smoothing_is_in_the_loss_of_the_weights(data: nb.Data) -> None:
+    plain, smooth = trained(data), trained(data)
+    smooth.recipe = smooth.recipe.replace(label_smoothing=0.5)
+    for training in (plain, smooth):
+        training.run(progress=False)
+    assert plain.epochs[0]["train_loss"] != smooth.epochs[0]["train_loss"]
 
 
 def test_the_objective_says_what_it_is(data: nb.Data) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nasbench.errors import SettingError
+from nasbench.strategies import make
 from nasbench.strategies.relaxation import Dirichlet, Gumbel, Relaxation, Softmax
 
 SITES = {"a": ("none", "skip", "conv"), "b": ("none", "skip"), "c": ("none", "skip", "conv")}
@@ -98,6 +99,18 @@ def test_dirichlet_mean_and_gradient_are_those_of_the_distribution() -> None:
     assert torch.allclose(pathwise, truth, atol=0.02)
 
 
+def test_dirichlet_takes_any_weights() -> None:
+    row = torch.tensor([-60.0, 0.0, 30.0], requires_grad=True)
+    mixture = Dirichlet(kl=0.1).mix({"a": row}, 0.0, rng()).check({"a": ("x", "y", "z")}, values=True)
+    mixture["a"].sum().backward()
+    assert torch.isfinite(Dirichlet().probabilities({"a": row})["a"]).all()
+
+
+def test_a_penalty_takes_the_place_of_weight_decay() -> None:
+    assert make("drnas").arch_decay == 1e-3
+    assert make("drnas", kl=0.1).arch_decay == 0.0
+
+
 def test_dirichlet_penalty_is_the_divergence_from_uniform() -> None:
     assert Dirichlet().penalty({"a": torch.zeros(3)}) is None
     assert float(Dirichlet(kl=2.0).penalty({"a": torch.zeros(3)}) or 0) == pytest.approx(0, abs=1e-6)
@@ -107,9 +120,9 @@ def test_dirichlet_penalty_is_the_divergence_from_uniform() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Gumbel(tau=0), "tau=0: a temperature is a number above 0"),
-        (lambda: Gumbel(tau_end=-1), "tau_end=-1: a temperature"),
-        (lambda: Dirichlet(kl=-1), "kl=-1: the weight of the divergence"),
+        (lambda: Gumbel(tau=0), "tau=0, but it must be a temperature, a number above 0"),
+        (lambda: Gumbel(tau_end=-1), "tau_end=-1, but it must be a temperature"),
+        (lambda: Dirichlet(kl=-1), "kl=-1, but it must be a number, 0 or more"),
     ],
 )
 def test_bad_settings(make: object, message: str) -> None:
