@@ -940,7 +940,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"strategy": RegularizedEvolution},
         SettingError,
-        "strategy is <class .*: give a name, a Strategy or an Optuna samp",
+        "strategy is <class .*: give a name, a Strategy, a OneShot or an Optuna samp",
     ),
     ({"populatoin": 5}, SettingError, "'evolution' has no setting 'populatoin'; did you mean 'population'"),
     ({"population": 0}, SettingError, "RegularizedEvolution draws sample=3 of population=0 members"),

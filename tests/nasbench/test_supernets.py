@@ -244,7 +244,7 @@ def test_single_paths_learn_from_all_training_images(data: nb.Data) -> None:
 
 
 def test_nan_ends_a_search_with_a_reason(data: nb.Data) -> None:
-    with pytest.raises(TrainingDiverged, match=r"the loss is not finite in epoch 1. Lower lr \(it is 1e\+12\), clip"):
+    with pytest.raises(TrainingDiverged, match=r"are not finite in epoch 1. Lower lr \(it is 1e\+12\), clip"):
         trained(data, lr=1e12, clip=None).run(progress=False)
     with pytest.raises(TrainingDiverged, match=r"or arch_lr \(1e\+30\)"):
         trained(data, "drnas", arch_lr=1e30, arch_start=0.0).run(progress=False)
