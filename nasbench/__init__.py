@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nasbench.result import SearchResult, Trial
     from nasbench.study import join, search
     from nasbench.table import Table
-    from nasbench.training import Callback, evaluate, fit, validate
+    from nasbench.training import Callback, evaluate, fit, recalibrate, validate
 
 _WHERE = {
     "comparison": ["Comparison", "compare"],
@@ -49,7 +49,7 @@ _WHERE = {
     "study": ["join", "search"],
     "table": ["Table"],
     "recipe": ["Recipe"],
-    "training": ["Callback", "evaluate", "fit", "validate"],
+    "training": ["Callback", "evaluate", "fit", "recalibrate", "validate"],
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -78,6 +78,7 @@ __all__ = [
     "fit",
     "join",
     "measure",
+    "recalibrate",
     "search",
     "strategies",
     "validate",

@@ -240,8 +240,8 @@ def _tell(result: SearchResult, source: Any) -> None:
         best = result.best
         print(f"best of {len(result.complete)}: trial {best.number}\n  {best.arch}\n  {_figures(best.metrics)}")
         if best.supernet is not None:
-            print("  with the weights it shared in the supernet; its own, trained alone, are what counts:")
-            print("  nb.fit(result.best.build(weights=False), data, epochs=...), then nb.evaluate(model, data)")
+            print("  measured with the weights it shared in the supernet; train it alone to know how good it is:")
+            print("  model = nb.fit(result.best.build(weights=False), data, epochs=...); nb.evaluate(model, data)")
         elif isinstance(source, Data) and source.count("test"):
             tested = nb.evaluate(best.build(), source)
             print(f"  on test images, read this once: {_figures(tested)}")

@@ -163,7 +163,7 @@ class Comparison:
         Args:
             path: also save it there, as PNG, PDF or SVG by its ending.
         """
-        from nasbench.drawing import new_figure
+        from nasbench.style import new_figure
 
         figure = new_figure(10, 4.2, layout="constrained")
         left, right = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""Figures of searches: progress, Pareto fronts, importances; and by name those of other modules."""
+"""Figures of searches: progress, Pareto fronts, importances."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from nasbench.style import ACCENT, INK, MUTED, look, name_axis, new_figure, plai
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["draw_epochs", "draw_front", "draw_importances", "draw_progress", "draw_search", "new_figure"]
 
 ENOUGH = 20
 """Distinct architectures below which importances would be chance."""

@@ -14,18 +14,23 @@ _IMAGES = 2  # the fewest that batch norm can train on
 
 
 def step_bytes(
-    supernet: nn.Module, step: Callable[[Tensor, Tensor], object], shape: tuple[int, int, int], batch_size: int
+    supernet: nn.Module,
+    step: Callable[[Tensor, Tensor], object],
+    shape: tuple[int, int, int],
+    batch_size: int,
+    optimizer_buffers: int = 1,
 ) -> int:
     """Return the predicted peak memory of a training step, beyond the weights that are there already.
 
     The step is made for two and for four images while every tensor alive is counted; what the larger one takes more
-    tells what an image takes. Buffers and gradients are put back, and a step must change nothing else.
+    tells what an image takes. Buffers are put back and gradients dropped; a step must change no more.
 
     Args:
-        supernet: what is trained, by an optimizer with momentum.
+        supernet: what is trained.
         step: computes the gradients of a step from images (B, C, H, W) and labels (B,).
         shape: of an image, (channels, height, width).
         batch_size: images in a step.
+        optimizer_buffers: numbers that the optimizer keeps of every parameter: one for momentum, two for Adam.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(288, 2))
@@ -40,8 +45,8 @@ def step_bytes(
             buffer.copy_(kept)
         for parameter in supernet.parameters():
             parameter.grad = None
-    momentum = sum(p.numel() * p.element_size() for p in supernet.parameters())
-    return round(momentum + few + (more - few) / _IMAGES * (batch_size - _IMAGES))
+    weights = sum(p.numel() * p.element_size() for p in supernet.parameters())
+    return round(optimizer_buffers * weights + few + (more - few) / _IMAGES * (batch_size - _IMAGES))
 
 
 def _peak(
@@ -65,13 +70,16 @@ def _peak(
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the memory that is free on a device, or None where the system does not tell."""
+    """Return the memory that is free on a device, or what a container's limit leaves; None where nothing tells."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
+    found = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        found += [int(limit) - int(used)] if limit.isdecimal() else []
     except OSError:
-        return None
-    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * kilobytes[0] if kilobytes else None
+        pass  # another system, or no container
+    return min(found, default=None)

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from nasbench.table import Table
 
 
+_WORDS = {"loss": "minimize", "error": "minimize", "seconds": "minimize", "latency": "minimize", "acc": "maximize"} | {
+    f"{data}_{split}": "maximize"  # the accuracies of NAS-Bench-201, such as cifar10_test_200
+    for data in ("cifar10", "cifar100", "imagenet16_120")
+    for split in ("val", "test")
+}
+"""What in a metric's name tells which way is better; the first that is found counts."""
+
+
 class Ranks:
     """The architectures of a table in the order of one of its metrics.
 
@@ -53,6 +61,3 @@ class Ranks:
         value = float(self.table.query(arch, self.metric))
         better = int((self.values > self.sign * value).sum())
         return {"table_value": value, "rank": better + 1, "rank_of": len(self.values)}
-
-
-_WORDS = {"acc": "maximize", "val_": "maximize", "test_": "maximize", "loss": "minimize"}

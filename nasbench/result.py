@@ -118,7 +118,7 @@ class SearchResult:
     Attributes:
         epochs: of a one-shot search, what was recorded of every epoch of its supernet: losses, the probabilities of all
             options, the architecture they decode to, the number of its skip connections, its true rank where a table
-            was given.
+            was given, the largest eigenvalue where the strategy watches it, and the seconds since the beginning.
 
     Example:
         >>> import nasbench as nb

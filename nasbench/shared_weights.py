@@ -21,7 +21,7 @@ from nasbench.objective import WEIGHTS, Objective, TrialRun, save_weights
 from nasbench.ranks import Ranks
 from nasbench.recipe import Recipe
 from nasbench.strategies.one_shot import OneShot
-from nasbench.supernets import CHECKPOINT, Training
+from nasbench.supernets import CHECKPOINT, SupernetTraining
 from search_spaces.base import Arch, SearchSpace
 
 if TYPE_CHECKING:
@@ -61,17 +61,19 @@ class SupernetObjective(Objective):
         table: tuple[Table, str] | None = None,
     ) -> None:
         if recipe.amp:
-            raise SettingError("amp=True: a supernet is trained in float32, no measurement of ours speaks for less.")
+            raise SettingError("amp=True: supernets are trained in float32. Leave amp out, or use amp=False.")
         for name in ("drop_path", "auxiliary"):
             if getattr(recipe, name) != getattr(Recipe(), name):
                 raise SettingError(
                     f"{name}={getattr(recipe, name)}: a supernet has no such thing. Leave it out, and set it when the "
                     "network that is found is trained alone."
                 )
-        if getattr(strategy, "second_order", False) and (recipe.optimizer != "sgd" or recipe.nesterov):
+        plain = recipe.optimizer == "sgd" and not recipe.nesterov and not recipe.label_smoothing
+        if getattr(strategy, "second_order", False) and not plain:
             raise SettingError(
-                f"second_order=True looks ahead by a step of plain SGD with momentum, but the recipe has "
-                f"optimizer={recipe.optimizer!r}, nesterov={recipe.nesterov}. Use optimizer='sgd', nesterov=False."
+                "second_order=True looks ahead by a step of plain SGD with momentum on the cross-entropy; the recipe has "
+                f"optimizer={recipe.optimizer!r}, nesterov={recipe.nesterov}, "
+                f"label_smoothing={recipe.label_smoothing:g}. Use optimizer='sgd', nesterov=False, label_smoothing=0."
             )
         world = dist.get_world_size() if dist.is_initialized() else 1
         if recipe.batch_size % world:
@@ -83,7 +85,7 @@ class SupernetObjective(Objective):
         self.data = data.to(pick_device(device))
         self.names = ("val_accuracy", "val_loss", "params", "macs", "bytes", "peak_bytes", "latency_ms")
         self.ranks = None if table is None else Ranks(space, *table)
-        self.training: Training | None = None
+        self.training: SupernetTraining | None = None
         # What does not fit is said here, before anything is written.
         with torch.device("meta"):
             self._shapes = space.supernet(**strategy.supernet())  # sub-networks are counted without copying weights
@@ -107,10 +109,10 @@ class SupernetObjective(Objective):
         Another process that prepares the same study is waited for. `check` is called after every step, and now and
         then while waiting; it may raise to stop.
         """
-        if dist.is_initialized() and dist.get_rank() == 0:
-            dist.broadcast_object_list([str(folder) if folder else ""])
         main = not dist.is_initialized() or dist.get_rank() == 0
         with _turn(folder / "supernet.lock" if folder and main else None, check):
+            if dist.is_initialized() and main:
+                dist.broadcast_object_list([str(folder) if folder else ""])
             self.training = self._training(folder / CHECKPOINT if folder else None)
             self.training.run(check, progress)
 
@@ -118,8 +120,10 @@ class SupernetObjective(Objective):
         """Raise `SettingError` if a step of training the supernet would not fit into memory."""
         self._training(None).check_memory()
 
-    def _training(self, file: Path | None) -> Training:
-        return Training(self.space, self.data, self.strategy, self.recipe, seed=self.seed, file=file, ranks=self.ranks)
+    def _training(self, file: Path | None) -> SupernetTraining:
+        return SupernetTraining(
+            self.space, self.data, self.strategy, self.recipe, seed=self.seed, file=file, ranks=self.ranks
+        )
 
     def follow(self) -> None:
         """On ranks above 0 of a data-parallel search: take part in the training that rank 0 announces."""
@@ -134,7 +138,7 @@ class SupernetObjective(Objective):
         """Return the architecture that the supernet has learned."""
         return self._trained().arch
 
-    def _trained(self) -> Training:
+    def _trained(self) -> SupernetTraining:
         if self.training is None:
             self.prepare(None, progress=False)
         assert self.training is not None

@@ -25,7 +25,7 @@ from nasbench import strategies
 from nasbench.data import Data
 from nasbench.errors import SettingError, StudyError
 from nasbench.objective import Constraint, FunctionObjective, Objective, TableObjective, TrainObjective, resolve
-from nasbench.recipe import Recipe
+from nasbench.recipe import Recipe, is_number
 from nasbench.result import RESULT, SearchResult, collect
 from nasbench.shared_weights import SupernetObjective
 from nasbench.storage import environment, open_study, quiet, stored_conditions, study_folder
@@ -85,7 +85,7 @@ def search(
             Default with data or a table: "val_accuracy".
         trials: how many finished trials the study is to have in all. Default: 30; a one-shot strategy has its own.
         timeout: seconds after which to stop; the running trial continues in the next call, a supernet from the end of
-            its last epoch.
+            its last epoch. Where several processes train one network, a search stops between trials only.
         constraints: bounds such as "params<1e6". Parameters and MACs are checked before anything is trained; a
             violator is stored as pruned and does not count.
         metrics: more metrics to measure: "bytes", "peak_bytes", "latency_ms".
@@ -102,6 +102,7 @@ def search(
         workers: processes that fill the study side by side; needs a data set that can be loaded again by name.
         table: for a one-shot strategy, a table of the same space, and perhaps the name of one of its metrics: after
             each epoch it tells the true rank of the architecture that is decoded. The search learns nothing from it.
+            It belongs to the study: give it from the start.
         progress: show bars and say where results went.
         **settings: fields of `Recipe`, or settings of a strategy given by name (`population=20`).
 
@@ -150,6 +151,9 @@ def search(
             f"workers={workers} starts processes that load the data by name; this objective cannot be loaded by name. "
             "Use nasbench.data.load(...), or start more processes with the same study and storage yourself."
         )
+    begun = isinstance(study, str) and (Path(folder) / study / CHECKPOINT).exists()
+    if isinstance(objective, SupernetObjective) and not begun:
+        objective.check_memory()  # on all ranks, and before anything is written
     if dist.is_initialized() and dist.get_rank() > 0:
         return _follow(objective, space)
 
@@ -170,8 +174,6 @@ def search(
     elif isinstance(strategy, OneShot):
         assert isinstance(objective, SupernetObjective)
         sampler = strategy.proposer(objective.decoded).sampler(space, seed)
-        if not (isinstance(study, str) and (Path(folder) / study / CHECKPOINT).exists()):
-            objective.check_memory()  # before anything is written
     else:
         sampler = strategy.sampler(space, seed)
     home = study_folder(study, storage, Path(folder), space, objective, conditions)
@@ -297,7 +299,11 @@ def _supernet_objective(
             f"{type(data).__name__}. A table may be given beside them, as table=."
         )
     space = space.bind(data)
-    recipe = dataclasses.replace(recipe or strategy.recipe, **changes)
+    if recipe is None:
+        recipe = strategy.recipe
+        if "lr" in changes and is_number(changes["lr"]):  # the rate at the end keeps its share
+            changes = {"lr_end": recipe.lr_end * changes["lr"] / recipe.lr, **changes}
+    recipe = dataclasses.replace(recipe, **changes)
     return space, SupernetObjective(space, data, strategy, recipe, seed=seed, device=device, table=table)
 
 

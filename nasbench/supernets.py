@@ -1,4 +1,4 @@
-"""Training a supernet: the loop of one-shot searches.
+"""SupernetTraining a supernet: the loop of one-shot searches.
 
 Everything random is a function of (seed, epoch, step), and a checkpoint is written after every epoch, so a search that
 was killed and continued is the unbroken search, bit for bit (see `nasbench.training`). Weight decay spares norms and
@@ -40,7 +40,7 @@ WINDOW = 5  # epochs over which the dominant eigenvalue is averaged and compared
 GROWTH = 0.75  # the eigenvalue a window ago, divided by that of now, below which a search has begun to collapse
 
 
-class Training:
+class SupernetTraining:
     """One supernet in training, with its architecture weights.
 
     Args:
@@ -81,7 +81,7 @@ class Training:
             self.supernet = space.supernet(**strategy.supernet()).to(self.device)
         if recipe.channels_last:
             self.supernet.to(memory_format=torch.channels_last)
-        self.optimizer = training.make_optimizer(self.supernet, recipe, self.device, sampled=True)
+        self.optimizer = training.make_optimizer(self.supernet, recipe, self.device, all_used=False)
         self.logits: dict[str, Tensor] = {}
         self.architecture_optimizer: torch.optim.Optimizer | None = None
         if sites:
@@ -161,13 +161,14 @@ class Training:
             self.optimizer.step()
             sums[0] += loss
             sums[1] += (logits.argmax(1) == train[1]).float().mean()
-            if self.device.type == "cpu" and not math.isfinite(float(loss)):
+            if self.device.type == "cpu" and world == 1 and not math.isfinite(float(loss)):  # processes have to agree
                 raise self._diverged("loss is")
             check()
             bar.update()
         for parameter in self.supernet.parameters():
             parameter.grad = None
         bilevel.average([buffer for buffer in self.supernet.buffers() if buffer.is_floating_point()])
+        bilevel.average([sums])
         means = (sums / steps).tolist()
         if not all(map(math.isfinite, means)):
             raise self._diverged("loss is")
@@ -286,7 +287,8 @@ class Training:
         also = "" if rate is None else f" or arch_lr ({rate:g})"
         return TrainingDiverged(
             f"the supernet's training diverged: the {what} not finite in epoch {len(self.epochs) + 1}. Lower lr (it is "
-            f"{self.recipe.lr:g}), clip ({self.recipe.clip}){also}. Epochs before it are kept; a new study begins anew."
+            f"{self.recipe.lr:g}), clip ({self.recipe.clip}){also}, in a study of another name: this one would diverge "
+            "again."
         )
 
     # Memory and files ----------------------------------------------------------------------------------------------
@@ -310,12 +312,18 @@ class Training:
                 bilevel.dominant_eigenvalue(self.supernet, mix, rows, (x, y), rng, steps=1)
 
         self._set_rate(0, 1)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        images, buffers = max(1, self.recipe.batch_size // world), 2 if self.recipe.optimizer == "adamw" else 1
         need = max(
-            memory.step_bytes(self.supernet, partial(step, seed=seed), self.data.shape, self.recipe.batch_size)
+            memory.step_bytes(self.supernet, partial(step, seed=seed), self.data.shape, images, buffers)
             for seed in range(3 if drawn else 1)
         )
         free = memory.free_bytes(self.device)
-        if free is not None and need > free:
+        short = [free is not None and need > free]
+        if world > 1:
+            dist.all_gather_object(short := [False] * world, free is not None and need > free)
+        if any(short):
+            assert free is not None
             raise SettingError(
                 f"a step of this supernet needs about {need / 1e9:.1f} GB at batch_size={self.recipe.batch_size}, and "
                 f"{free / 1e9:.1f} GB are free on {self.device}. Lower batch_size, or the space's channels or cells; "

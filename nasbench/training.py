@@ -415,12 +415,12 @@ def _drop_paths(model: nn.Module) -> list[DropPath]:
 
 
 def make_optimizer(
-    model: nn.Module, recipe: Recipe, device: torch.device, *, sampled: bool = False
+    model: nn.Module, recipe: Recipe, device: torch.device, *, all_used: bool = True
 ) -> torch.optim.Optimizer:
     """Return the recipe's optimizer of a model that is on its device already.
 
     Args:
-        sampled: whether a step may leave out some of the parameters, which torch's fused optimizers do not take.
+        all_used: whether every step has gradients for all parameters; torch's fused optimizers need them.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -430,7 +430,7 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     # One fused kernel instead of a Python loop: 4 to 5 times faster for a small network's 60 tensors.
     real = all(parameter.is_floating_point() for parameter in trained)
-    fused = device.type in ("cpu", "cuda") and real and not sampled
+    fused = device.type in ("cpu", "cuda") and real and all_used
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=fused)
     nesterov = recipe.nesterov and recipe.momentum > 0
@@ -472,6 +472,9 @@ def recalibrate(model: Network, data: Data, *, images: int = 2048, batch_size: i
     Args:
         images: how many training images to look at, at most; drawn at random, without augmentation.
         seed: decides which.
+
+    Raises:
+        DataError, SettingError: the data cannot give such batches.
 
     Example:
         >>> from nasbench.data import load

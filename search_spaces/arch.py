@@ -1,4 +1,4 @@
-"""Architectures: one option for every decision of a space, as values."""
+"""Architectures: one option for every decision of a space, as values; and what is said of unknown names."""
 
 from __future__ import annotations
 

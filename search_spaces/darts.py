@@ -261,7 +261,8 @@ class DARTSSupernet(Supernet):
     """All networks of a DARTS space in one, as it is searched; made by `DARTS.supernet`.
 
     Attributes:
-        network: the space's network, a `RelaxedCell` with its preprocessing in place of each cell.
+        stem, cells, head: the space's network, a `RelaxedCell` with its preprocessing in place of each cell.
+        places: where the cells stand, which settles their sizes.
     """
 
     space: DARTS

@@ -165,7 +165,9 @@ class RelaxedCell(nn.Module):
         for i in path:
             term = mixture[edge][i] * self.edges[edge][self.operations[i]](x[:, :width])  # type: ignore[index]
             total = term if total is None else total + term
-        assert total is not None
+        if total is None:  # nothing but `none`
+            stride = self.strides[self.ends[edge][0]]
+            total = x.new_zeros(x.shape[0], width, *(-(-side // stride) for side in x.shape[2:]))
         if mixture.add_others:
             total = total + (mixture[edge].sum() - sum(mixture[edge][i] for i in path))
         if self.partial_channels > 1:
@@ -183,7 +185,8 @@ class RelaxedCell(nn.Module):
         for node in range(self.states - 1, self.inputs - 1, -1):
             if node in needed:
                 needed |= {source for edge, source in self._entering(node) if paths[edge]}
-        return {edge: path for edge, path in paths.items() if path and self.ends[edge][1] in needed}
+        computed = {edge for edge, path in paths.items() if path or (mixture.add_others and taken[edge])}
+        return {edge: path for edge, path in paths.items() if edge in computed and self.ends[edge][1] in needed}
 
     def _entering(self, node: int) -> Iterator[tuple[str, int]]:
         return ((edge, source) for edge, (source, target) in self.ends.items() if target == node)

@@ -20,7 +20,7 @@ from torch import Tensor
 import nasbench as nb
 from nasbench.benchmarks.common import record
 from nasbench.strategies import ONE_SHOT, bilevel
-from nasbench.supernets import Training
+from nasbench.supernets import SupernetTraining
 from search_spaces import DARTS
 from search_spaces.base import Mixture
 
@@ -52,13 +52,13 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     strategy = ONE_SHOT["darts"].replace(arch_lr=0.01)
     recipe = strategy.recipe.replace(epochs=options.epochs, batch_size=options.batch, lr_end=0.025)
     space = DARTS(channels=options.channels, cells=options.cells).bind(data)
-    training = Training(space, data, strategy, recipe, seed=seed)
+    training = SupernetTraining(space, data, strategy, recipe, seed=seed)
     entry = {"seed": seed, "at_initialisation": distances(training, options.batch)}
     training.run(progress=False)
     return entry | {"after_training": distances(training, options.batch)}
 
 
-def distances(training: Training, size: int) -> dict[str, float]:
+def distances(training: SupernetTraining, size: int) -> dict[str, float]:
     """Compare the two products at the present weights, in double precision."""
     supernet, held = training.supernet, training.held
     assert held is not None

@@ -23,6 +23,7 @@ from nasbench.strategies.base import History, Strategy
 from nasbench.strategies.evolution import TopEvolution
 from nasbench.strategies.relaxation import TRUE_OR_FALSE, Dirichlet, Gumbel, Relaxation, Softmax, check_settings
 from search_spaces.base import Arch, Choices, Mixture, SearchSpace, nearest
+from search_spaces.relaxed import FORMS
 
 
 class OneShot(ABC):
@@ -44,7 +45,11 @@ class OneShot(ABC):
 
     @abstractmethod
     def sites(self, space: SearchSpace) -> Choices:
-        """Return the sites that have architecture weights; none if paths are drawn uniformly."""
+        """Return the sites that have architecture weights; none if paths are drawn uniformly.
+
+        Raises:
+            SettingError: the space lacks sites that the strategy learns weights for.
+        """
 
     @abstractmethod
     def supernet(self) -> dict[str, Any]:
@@ -63,12 +68,12 @@ class OneShot(ABC):
         found = dataclasses.asdict(self)  # type: ignore[call-overload]
         for name in ("name", "recipe", "trials"):
             del found[name]
-        if "relaxation" in found:
-            found["relaxation"]["kind"] = type(getattr(self, "relaxation")).__qualname__  # noqa: B009
+        if relaxation := getattr(self, "relaxation", None):
+            found["relaxation"]["kind"] = type(relaxation).__qualname__
         return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
     def replace(self, **changes: Any) -> Self:
-        """Return the strategy with some settings changed, those of its relaxation included.
+        """Return the strategy with some settings changed, those of its relaxation included; the recipe is the search's.
 
         Raises:
             SettingError: no such setting, or a bad value.
@@ -140,7 +145,7 @@ class Differentiable(OneShot):
             f"strategy {self.name!r}",
             self,
             hessian=(lambda v: v in ("finite", "exact"), '"finite" or "exact"'),
-            form=(lambda v: v in ("fast", "textbook"), '"fast" or "textbook"'),
+            form=(lambda v: v in FORMS, " or ".join(f'"{form}"' for form in FORMS)),
             arch_lr=(lambda v: is_number(v) and v > 0, "a number above 0"),
             arch_weight_decay=(lambda v: is_number(v) and v >= 0, "a number, 0 or more"),
             arch_start=(lambda v: is_number(v) and 0 <= v < 1, "a share of the epochs, 0 or more and below 1"),
@@ -175,8 +180,12 @@ class Differentiable(OneShot):
         return 0.0 if getattr(self.relaxation, "kl", 0) else self.arch_weight_decay
 
     def supernet(self) -> dict[str, Any]:
-        found = {"form": self.form, "recompute": self.recompute, "partial_channels": self.partial_channels}
-        return {name: value for name, value in found.items() if value not in ("fast", False) and value != 1}
+        found: dict[str, Any] = {"form": self.form} if self.form != "fast" else {}
+        if self.recompute:
+            found["recompute"] = True
+        if self.partial_channels > 1:
+            found["partial_channels"] = self.partial_channels
+        return found
 
     def mix(self, space: SearchSpace, logits: Mapping[str, Tensor], progress: float, rng: torch.Generator) -> Mixture:
         return self.relaxation.mix(logits, progress, rng)

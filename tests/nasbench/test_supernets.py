@@ -21,7 +21,7 @@ from nasbench.errors import CheckpointError, DataError, ResumeError, SettingErro
 from nasbench.memory import step_bytes
 from nasbench.shared_weights import SupernetObjective
 from nasbench.strategies import ONE_SHOT
-from nasbench.supernets import Training, count_operations, count_skips, read_epochs
+from nasbench.supernets import SupernetTraining, count_operations, count_skips, read_epochs
 from search_spaces import ArchError, NASBench201, ResNet
 
 SPACE = NASBench201(channels=4, cells=1)
@@ -38,17 +38,17 @@ def table() -> nb.Table:
     return nb.Table.load("nasbench201-digits")
 
 
-def trained(data: nb.Data, name: str = "darts", file: Path | None = None, **changes: Any) -> Training:
+def trained(data: nb.Data, name: str = "darts", file: Path | None = None, **changes: Any) -> SupernetTraining:
     recipe = {"epochs": 2, "batch_size": 32} | {k: changes.pop(k) for k in ("epochs", "lr", "clip") if k in changes}
     strategy = ONE_SHOT[name].replace(**changes)
-    return Training(SPACE.bind(data), data, strategy, strategy.recipe.replace(**recipe), file=file)
+    return SupernetTraining(SPACE.bind(data), data, strategy, strategy.recipe.replace(**recipe), file=file)
 
 
-def numbers(training: Training) -> list[torch.Tensor]:
+def numbers(training: SupernetTraining) -> list[torch.Tensor]:
     return [t.clone() for t in (*training.supernet.state_dict().values(), *training.logits.values())]
 
 
-def same(a: Training, b: Training) -> bool:
+def same(a: SupernetTraining, b: SupernetTraining) -> bool:
     plain = [{k: v for k, v in e.items() if k != "seconds"} for e in a.epochs]
     return all(torch.equal(x, y) for x, y in zip(numbers(a), numbers(b), strict=True)) and plain == [
         {k: v for k, v in e.items() if k != "seconds"} for e in b.epochs
@@ -103,7 +103,7 @@ def test_constraints_reach_the_sub_networks(data: nb.Data) -> None:
 
 def test_a_finished_search_returns_at_once_and_does_not_train(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     first = nb.search(SPACE, data, "darts", study="s", **SMALL)
-    monkeypatch.setattr(Training, "run", lambda *_: pytest.fail("it trained again"))
+    monkeypatch.setattr(SupernetTraining, "run", lambda *_: pytest.fail("it trained again"))
     again = nb.search(SPACE, data, "darts", study="s", **SMALL)
     assert again.to_json() == first.to_json()
 
@@ -264,7 +264,7 @@ def test_skips_are_those_of_the_normal_cell() -> None:
     assert (count_skips(cell), count_operations(cell)) == (1, 1)
 
 
-def collapse(training: Training, epoch: int) -> None:
+def collapse(training: SupernetTraining, epoch: int) -> None:
     """Make the architecture weights want skip connections only."""
     with torch.no_grad():
         for site, row in training.logits.items():
@@ -282,14 +282,14 @@ def test_a_collapse_is_announced_once(data: nb.Data, monkeypatch: pytest.MonkeyP
 
 def test_stop_skips_goes_back_to_the_last_good_epoch(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     training = trained(data, epochs=9, stop_skips=6)
-    original = Training._record
+    original = SupernetTraining._record
 
-    def record(self: Training, epoch: int, *rest: Any) -> dict[str, Any]:
+    def record(self: SupernetTraining, epoch: int, *rest: Any) -> dict[str, Any]:
         if epoch == 2:
             collapse(self, epoch)
         return original(self, epoch, *rest)
 
-    monkeypatch.setattr(Training, "_record", record)
+    monkeypatch.setattr(SupernetTraining, "_record", record)
     with pytest.warns(UserWarning, match="take over"):
         training.run(progress=False)
     assert (len(training.epochs), training.chosen) == (3, 2)
@@ -312,12 +312,12 @@ def test_stop_skips_waits_for_an_architecture_with_fewer(data: nb.Data) -> None:
 
 def test_stop_eigenvalue_goes_back_a_window(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     training = trained(data, epochs=30, stop_eigenvalue=True)
-    monkeypatch.setattr(Training, "_eigenvalue", lambda self, epoch: 1.0 if epoch < 12 else 3.0)
+    monkeypatch.setattr(SupernetTraining, "_eigenvalue", lambda self, epoch: 1.0 if epoch < 12 else 3.0)
     training.run(progress=False)
     # Windows of five: 4 * 1 + 3 = 7 after 13 epochs, against 5 in those before: 5 / 7 < 0.75.
     assert (len(training.epochs), training.chosen) == (13, 8)
     negative = trained(data, epochs=11, stop_eigenvalue=True)
-    monkeypatch.setattr(Training, "_eigenvalue", lambda self, epoch: -0.01 if epoch < 5 else 0.02)
+    monkeypatch.setattr(SupernetTraining, "_eigenvalue", lambda self, epoch: -0.01 if epoch < 5 else 0.02)
     negative.run(progress=False)
     assert negative.chosen is None  # a curvature that was negative has not grown by a third
 
@@ -336,7 +336,7 @@ def test_eigenvalues_are_recorded(data: nb.Data) -> None:
     [
         ({"strategy": "darts", "trials": 5}, "decodes one architecture, but trials=5"),
         ({"strategy": "darts", "population": 5}, "has no setting 'population'"),
-        ({"strategy": "darts", "amp": True}, "amp=True: a supernet is trained in float32"),
+        ({"strategy": "darts", "amp": True}, "amp=True: supernets are trained in float32"),
         ({"strategy": "darts", "table": "x"}, "table is 'x': give a nasbench.Table"),
         ({"strategy": "random", "trials": 1, "use_table": True}, "this strategy decodes none"),
         ({"strategy": "darts", "workers": 2}, "workers=2, but a one-shot search trains one supernet"),
@@ -351,6 +351,7 @@ def test_eigenvalues_are_recorded(data: nb.Data) -> None:
             {"strategy": "darts", "second_order": True, "recipe": nb.Recipe(epochs=1)},
             "nesterov=True. Use optimizer='sgd'",
         ),
+        ({"strategy": "darts", "second_order": True, "label_smoothing": 0.1}, "label_smoothing=0.1. Use optimizer"),
         ({"strategy": "spos", "objectives": ("val_accuracy", "params")}, "SinglePath follows one objective"),
         ({"strategy": "spos", "objectives": {"rank": "minimize"}, "use_table": True}, "does not report 'rank'"),
         ({"strategy": "darts", "cutout": 20}, "cutout=20 is outside 0..8"),
@@ -449,6 +450,12 @@ def test_any_strategy_may_search_shared_weights(data: nb.Data) -> None:
                                                 trials=3, progress=False).trials]  # fmt: skip
     assert [trial.arch for trial in result.trials] == seeded
     assert len(result.epochs) == 2
+
+
+def test_a_smaller_rate_keeps_its_share_at_the_end(data: nb.Data) -> None:
+    result = nb.search(SPACE, data, "darts", lr=0.0005, study="s", **SMALL)
+    recipe = result.conditions["objective"]["recipe"]
+    assert (recipe["lr"], recipe["lr_end"]) == (0.0005, pytest.approx(0.00002))
 
 
 def test_label_smoothing_is_in_the_loss_of_the_weights(data: nb.Data) -> None:

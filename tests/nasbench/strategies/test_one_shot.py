@@ -13,6 +13,7 @@ from nasbench.errors import SettingError, SpaceExhausted
 from nasbench.strategies import ONE_SHOT, History, PastTrial, TopEvolution, describe, make, settings_of
 from nasbench.strategies.one_shot import Decoded
 from search_spaces import NASBench201, ResNet
+from search_spaces.relaxed import RelaxedCell
 
 SPACE = NASBench201(channels=4, cells=1, classes=3, in_channels=1)
 
@@ -32,6 +33,16 @@ def test_settings_of_a_relaxation_are_those_of_its_strategy() -> None:
     assert "tau" not in settings_of("darts")
     strategy: Any = make("gdas", tau=3.0, arch_lr=0.01)
     assert (strategy.relaxation.tau, strategy.relaxation.tau_end, strategy.arch_lr) == (3.0, 0.1, 0.01)
+
+
+@pytest.mark.parametrize("name", ONE_SHOT)
+def test_settings_of_the_supernet_reach_it(name: str) -> None:
+    assert "recompute" not in make(name).supernet()
+    supernet: Any = SPACE.supernet(**make(name, recompute=True).supernet())
+    assert [m.recompute for m in supernet.modules() if isinstance(m, RelaxedCell)] == [True] * 3
+    if name != "spos":
+        own: Any = SPACE.supernet(**make(name, partial_channels=2, form="textbook").supernet())
+        assert {(m.partial_channels, m.form) for m in own.modules() if isinstance(m, RelaxedCell)} == {(2, "textbook")}
 
 
 def test_published_numbers_are_the_defaults() -> None:
