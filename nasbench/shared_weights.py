@@ -71,8 +71,8 @@ class SupernetObjective(Objective):
         plain = recipe.optimizer == "sgd" and not recipe.nesterov and not recipe.label_smoothing
         if getattr(strategy, "second_order", False) and not plain:
             raise SettingError(
-                "second_order=True looks ahead by a step of plain SGD with momentum on the cross-entropy; the recipe has "
-                f"optimizer={recipe.optimizer!r}, nesterov={recipe.nesterov}, "
+                "second_order=True looks ahead by a step of plain SGD with momentum on cross-entropy, but the recipe "
+                f"has optimizer={recipe.optimizer!r}, nesterov={recipe.nesterov}, "
                 f"label_smoothing={recipe.label_smoothing:g}. Use optimizer='sgd', nesterov=False, label_smoothing=0."
             )
         world = dist.get_world_size() if dist.is_initialized() else 1

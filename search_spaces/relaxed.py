@@ -168,8 +168,8 @@ class RelaxedCell(nn.Module):
         if total is None:  # nothing but `none`
             stride = self.strides[self.ends[edge][0]]
             total = x.new_zeros(x.shape[0], width, *(-(-side // stride) for side in x.shape[2:]))
-        if mixture.add_others:
-            total = total + (mixture[edge].sum() - sum(mixture[edge][i] for i in path))
+        if mixture.add_others and mixture.active is not None:
+            total = total + (mixture[edge].sum() - sum(mixture[edge][i] for i in mixture.active[edge]))
         if self.partial_channels > 1:
             total = _with_rest(total, x[:, width:], self.strides[self.ends[edge][0]], self.partial_channels)
         weight = self._edge_weight(edge, mixture)

@@ -349,7 +349,7 @@ def test_eigenvalues_are_recorded(data: nb.Data) -> None:
         ),
         (
             {"strategy": "darts", "second_order": True, "recipe": nb.Recipe(epochs=1)},
-            "nesterov=True. Use optimizer='sgd'",
+            "nesterov=True, label_smoothing=0. Use optimizer='sgd'",
         ),
         ({"strategy": "darts", "second_order": True, "label_smoothing": 0.1}, "label_smoothing=0.1. Use optimizer"),
         ({"strategy": "spos", "objectives": ("val_accuracy", "params")}, "SinglePath follows one objective"),
