@@ -1,13 +1,15 @@
-"""What every benchmark script shares: recording figures with their conditions."""
+"""What benchmark scripts share: recording figures with their conditions, and runs in processes of their own."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,3 +45,29 @@ def record(script: str, figures: dict[str, Any], seeds: Sequence[int] = (), **co
         temporary.write_text(json.dumps(entry, indent=1) + "\n")
     print(json.dumps(figures, indent=1), f"\nwritten to {path}")
     return path
+
+
+def in_processes(
+    script: str, jobs: Sequence[tuple[str, ...]], at_once: int = 2
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Start a script anew for every job, on one thread each; yield jobs and what they found, as they end.
+
+    The script gets its own arguments again, with ``--child``, the words of the job, and a file to write JSON to.
+    """
+    module = f"nasbench.benchmarks.{Path(script).stem}"
+    todo, running = list(jobs), dict[tuple[str, ...], tuple[subprocess.Popen[bytes], Path]]()
+    with tempfile.TemporaryDirectory() as folder:
+        while todo or running:
+            while todo and len(running) < at_once:
+                job, file = todo.pop(0), Path(folder) / f"{len(todo)}.json"
+                command = [sys.executable, "-m", module, *sys.argv[1:], "--child", *job, str(file)]
+                running[job] = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}), file
+            time.sleep(0.5)
+            for job, (process, file) in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    if process.returncode:
+                        raise SystemExit(f"{' '.join(job)} ended with status {process.returncode}")
+                    found = json.loads(file.read_text())
+                    print(*job, found, flush=True)
+                    yield job, found

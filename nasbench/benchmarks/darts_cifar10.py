@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -26,7 +23,7 @@ from typing import Any
 import torch
 
 import nasbench as nb
-from nasbench.benchmarks.common import record
+from nasbench.benchmarks.common import in_processes, record
 from search_spaces import DARTS
 
 
@@ -48,22 +45,8 @@ def main() -> None:
         torch.set_num_threads(1)
         Path(options.child[1]).write_text(json.dumps(search_and_train(options, int(options.child[0]))))
         return
-    runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        files = {seed: Path(folder) / f"{seed}.json" for seed in range(options.seeds)}
-        running: dict[int, subprocess.Popen[bytes]] = {}
-        todo = list(files)
-        while todo or running:
-            while todo and len(running) < 3:
-                seed = todo.pop(0)
-                running[seed] = start(seed, files[seed])
-            time.sleep(1)
-            for seed, process in [(s, p) for s, p in running.items() if p.poll() is not None]:
-                del running[seed]
-                if process.returncode:
-                    raise SystemExit(f"seed {seed} ended with status {process.returncode}")
-                runs.append(json.loads(files[seed].read_text()))
-                print(runs[-1], flush=True)
+    jobs = [(str(seed),) for seed in range(options.seeds)]
+    runs = [found for _, found in in_processes(__file__, jobs, at_once=3)]
     runs.sort(key=lambda run: run["seed"])
     gains = [run["found"]["test_accuracy"] - run["random"]["test_accuracy"] for run in runs]
     figures = {
@@ -76,20 +59,6 @@ def main() -> None:
     }
     settings = {k: v for k, v in vars(options).items() if k not in ("data", "seeds", "child")}
     record(__file__, figures, seeds=range(options.seeds), threads_of_a_process=1, **settings)
-
-
-def start(seed: int, file: Path) -> subprocess.Popen[bytes]:
-    """Start one seed in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "nasbench.benchmarks.darts_cifar10",
-        *sys.argv[1:],
-        "--child",
-        str(seed),
-        str(file),
-    ]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def search_and_train(options: argparse.Namespace, seed: int) -> dict[str, Any]:

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -26,7 +23,7 @@ import numpy as np
 import torch
 
 import nasbench as nb
-from nasbench.benchmarks.common import record
+from nasbench.benchmarks.common import in_processes, record
 from search_spaces import NASBench201
 
 METRIC = "cifar10_test_200"
@@ -59,21 +56,9 @@ def main() -> None:
         Path(file).write_text(json.dumps(search(options, method, int(seed))))
         return
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-    with tempfile.TemporaryDirectory() as folder:
-        todo = [(method, seed) for seed in range(options.seeds) for method in METHODS]
-        running: list[tuple[str, Path, subprocess.Popen[bytes]]] = []
-        while todo or running:
-            while todo and len(running) < 2:
-                method, seed = todo.pop(0)
-                file = Path(folder) / f"{len(todo)}.json"
-                running.append((method, file, start(method, seed, file)))
-            time.sleep(0.5)
-            for entry in [entry for entry in running if entry[2].poll() is not None]:
-                running.remove(entry)
-                if entry[2].returncode:
-                    raise SystemExit(f"a search by {entry[0]} ended with status {entry[2].returncode}")
-                runs[entry[0]].append(json.loads(entry[1].read_text()))
-                print(entry[0], runs[entry[0]][-1], flush=True)
+    jobs = [(method, str(seed)) for seed in range(options.seeds) for method in METHODS]
+    for (method, _), found in in_processes(__file__, jobs):
+        runs[method].append(found)
     values = nb.Table.load(options.table, space=NASBench201()).values(METRIC)
     quantiles = np.quantile(values, (0.05, 0.5, 0.95))
     figures = {
@@ -94,13 +79,6 @@ def main() -> None:
         metric=f"{METRIC} of the found cell: a search never sees it",
         **{name: getattr(options, name) for name in ("images", "epochs", "batch", "arch_lr", "candidates")},
     )
-
-
-def start(method: str, seed: int, file: Path) -> subprocess.Popen[bytes]:
-    """Start a search in a process of its own."""
-    command = [sys.executable, "-m", "nasbench.benchmarks.one_shot_nasbench201", *sys.argv[1:]]
-    command += ["--child", method, str(seed), str(file)]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def search(options: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
