@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -231,13 +231,14 @@ def _forward(model: nn.Module, x: Tensor) -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operator of a forward: which have no formula, and how much activation memory is alive after each."""
+    """Sees every operator of a pass: which have no formula, and how much memory of activations is alive at most."""
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.uncounted: set[str] = set()
-        self._alive = _storages(image)
-        self.peak = sum(self._alive.values())
+        self._alive: dict[int, int] = {}
+        self._sum = self.peak = 0
+        self._count(_storages(image).values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -245,16 +246,25 @@ class Watch(TorchDispatchMode):
         if func._overloadpacket not in flop_registry and not func.is_view and not name.startswith("empty"):
             self.uncounted.add(name)
         given = _storages(args, kwargs)  # a view or an in-place result is no new memory
-        self._alive |= {storage: size for storage, size in _storages(out).items() if storage not in given}
-        self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(self._alive.values()))
+        self._count(storage for key, storage in _storages(out).items() if key not in given)
         return out
 
+    def _count(self, storages: Iterable[UntypedStorage]) -> None:
+        for storage in storages:
+            if (key := storage._cdata) not in self._alive:
+                self._alive[key] = storage.nbytes()
+                self._sum += storage.nbytes()
+                weakref.finalize(storage, self._forget, key).atexit = False  # called when its memory is freed
+        self.peak = max(self.peak, self._sum)
 
-def _storages(*values: Any) -> dict[StorageWeakRef, int]:
-    """Return the memory behind all tensors in these values, and the bytes of each."""
+    def _forget(self, key: int) -> None:
+        self._sum -= self._alive.pop(key, 0)
+
+
+def _storages(*values: Any) -> dict[int, UntypedStorage]:
+    """Return the memory behind all tensors in these values, by its address."""
     found = (tensor.untyped_storage() for tensor in tree_leaves(values) if isinstance(tensor, Tensor))
-    return {StorageWeakRef(storage): storage.nbytes() for storage in found}
+    return {storage._cdata: storage for storage in found}
 
 
 class _Remember(TorchDispatchMode):

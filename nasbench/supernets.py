@@ -304,7 +304,7 @@ class SupernetTraining:
 
         def step(x: Tensor, y: Tensor, seed: int) -> None:
             rng = keyed_generator(self.seed, seed)
-            if self.logits:
+            if getattr(strategy, "second_order", False):  # of first order takes less than a step of the weights
                 self._architecture_gradients(0, (x, y), (x, y), rng)
             bilevel.weight_gradients(self.supernet, self._mix(0, rng)(), (x, y))
             if getattr(strategy, "stop_eigenvalue", False):
