@@ -6,7 +6,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,11 @@ class Objective(ABC):
         """Say which metrics the search needs, before the first trial; others need not be measured."""
         self.wanted = tuple(names)
 
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Those of the wanted metrics of a trained network that are not measured in every trial anyway."""
+        return tuple(name for name in ("bytes", "peak_bytes", "latency_ms") if name in self.wanted)
+
     def key(self, arch: Arch) -> Arch:
         """Return what a result is filed under: architectures with equal keys are evaluated once."""
         return arch
@@ -159,11 +164,6 @@ class TrainObjective(Objective):
         recipe = Recipe(**settings["recipe"])
         return cls(space.bind(data), data, recipe, seeds=settings["seeds"], device=device, test=settings["test"])
 
-    @property
-    def extra(self) -> tuple[str, ...]:
-        """Those of the wanted metrics that are not measured in every trial anyway."""
-        return tuple(name for name in ("bytes", "peak_bytes", "latency_ms") if name in self.wanted)
-
     def key(self, arch: Arch) -> Arch:
         """Return the canonical architecture."""
         return self.space.canonical(arch)
@@ -193,12 +193,7 @@ class TrainObjective(Objective):
 
     def follow(self) -> None:
         """On ranks above 0 of a data-parallel search: train what rank 0 announces until it announces the end."""
-        while True:
-            message: list[Any] = [None]
-            dist.broadcast_object_list(message)
-            if message[0] is None:
-                return
-            arch, folder = message[0]
+        for arch, folder in announced():
             run = TrialRun()
             run.folder = Path(folder) if folder else None
             with suppress(TrainingDiverged):  # all ranks see it; rank 0 stores the reason
@@ -261,6 +256,16 @@ class _Watch(training.Callback):
 
     def on_end(self, run: training.Run) -> None:
         self.seconds = run.seconds
+
+
+def announced() -> Iterator[Any]:
+    """Yield, on ranks above 0 of a data-parallel search, what rank 0 broadcasts, until it broadcasts None: the end."""
+    while True:
+        message: list[Any] = [None]
+        dist.broadcast_object_list(message)
+        if message[0] is None:
+            return
+        yield message[0]
 
 
 class TableObjective(Objective):

@@ -17,7 +17,7 @@ from nasbench import profile, training
 from nasbench.data import Data
 from nasbench.devices import pick_device
 from nasbench.errors import SettingError
-from nasbench.objective import WEIGHTS, Objective, TrialRun, save_weights
+from nasbench.objective import WEIGHTS, Objective, TrialRun, announced, save_weights
 from nasbench.ranks import Ranks
 from nasbench.recipe import Recipe
 from nasbench.strategies.one_shot import OneShot
@@ -99,7 +99,7 @@ class SupernetObjective(Objective):
             "kind": "supernet",
             "data": {"name": self.data.name, "fingerprint": self.data.fingerprint, "load": self.data.spec},
             "recipe": json.loads(self.recipe.to_json()),
-            "extra": [name for name in ("bytes", "peak_bytes", "latency_ms") if name in self.wanted],
+            "extra": list(self.extra),
             "table": [self.table[0].fingerprint, self.table[1]] if self.table else None,
         }
 
@@ -127,12 +127,8 @@ class SupernetObjective(Objective):
 
     def follow(self) -> None:
         """On ranks above 0 of a data-parallel search: take part in the training that rank 0 announces."""
-        while True:
-            message: list[Any] = [None]
-            dist.broadcast_object_list(message)
-            if message[0] is None:
-                return
-            self.prepare(Path(message[0]) if message[0] else None, progress=False)
+        for folder in announced():
+            self.prepare(Path(folder) if folder else None, progress=False)
 
     def decoded(self) -> Arch:
         """Return the architecture that the supernet has learned."""
@@ -168,7 +164,7 @@ class SupernetObjective(Objective):
         run.supernet = self.strategy.supernet()
         truth = {} if self.ranks is None else self.ranks.look_up(arch)
         truth.pop("rank_of", None)
-        return metrics | self.preview(arch, ["params", "macs", *self.settings()["extra"]]) | truth
+        return metrics | self.preview(arch, ["params", "macs", *self.extra]) | truth
 
 
 @contextmanager
