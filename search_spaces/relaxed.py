@@ -109,16 +109,7 @@ class RelaxedCell(nn.Module):
         """Return the outputs for the input states. The mixture has the dtype and the device of the states."""
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return self._compute(mixture, *states)
-
-        out: Tensor = checkpoint(
-            self._compute,
-            mixture,
-            *states,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), _SecondTime(self)),
-        )
-        return out
+        return recomputed(self, self._compute, mixture, *states)
 
     def chosen(self, edge: str, name: str) -> nn.Module:
         """Return the module of one operation of one edge, with the channels that pass it by."""
@@ -425,6 +416,18 @@ def _shuffle(x: Tensor, parts: int) -> Tensor:
 
 
 # For supernets --------------------------------------------------------------------------------------------------------
+
+
+def recomputed(module: nn.Module, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Return what a function of a module gives, save its inputs alone, and call it again in the backward pass."""
+    out: Tensor = checkpoint(
+        function,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), _SecondTime(module)),
+    )
+    return out
 
 
 class _SecondTime(AbstractContextManager[None]):
