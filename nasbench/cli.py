@@ -138,10 +138,12 @@ def _space_options(parser: argparse.ArgumentParser) -> None:
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", default="digits", help="digits, cifar10, cifar100, svhn, an .npz file, a folder per class"
+        "--data",
+        default="digits",
+        help="digits, cifar10, cifar100, svhn, an .npz file, a folder per class; pydoc, a .txt file",
     )
     parser.add_argument(
-        "--data-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of data.load, such as root"
+        "--data-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of data.load, such as root or context"
     )
     parser.add_argument("--download", action="store_true", help="fetch a named data set that is not there")
 
@@ -244,7 +246,7 @@ def _tell(result: SearchResult, source: Any) -> None:
             print("  model = nb.fit(result.best.build(weights=False), data, epochs=...); nb.evaluate(model, data)")
         elif isinstance(source, Data) and source.count("test"):
             tested = nb.evaluate(best.build(), source)
-            print(f"  on test images, read this once: {_figures(tested)}")
+            print(f"  on test {source.units}, read this once: {_figures(tested)}")
         if result.folder is not None:
             number = best.number if best.copied_from is None else best.copied_from
             weights = result.folder / "trials" / str(number) / WEIGHTS

@@ -8,28 +8,29 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nasbench.profile import Watch
+from nasbench.profile import Watch, zeros
 
-_IMAGES = 2  # the fewest that batch norm can train on
+_FEW = 2  # the fewest that batch norm can train on
 
 
 def step_bytes(
     supernet: nn.Module,
     step: Callable[[Tensor, Tensor], object],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     batch_size: int,
     optimizer_buffers: int = 1,
 ) -> int:
     """Return the predicted peak memory of a training step, beyond the weights that are there already.
 
-    The step is made for two and for four images while every tensor alive is counted; what the larger one takes more
-    tells what an image takes. Buffers are put back and gradients dropped; a step must change no more.
+    The step is made for two and for four inputs while every tensor alive is counted; what the larger one takes more
+    tells what an input takes. Buffers are put back and gradients dropped; a step must change no more.
 
     Args:
         supernet: what is trained.
-        step: computes the gradients of a step from images (B, C, H, W) and labels (B,).
-        shape: of an image, (channels, height, width).
-        batch_size: images in a step.
+        step: computes the gradients of a step from images (B, C, H, W) and labels (B,), or from a text's tokens and
+            labels, both (B, T).
+        shape: of an image, (channels, height, width), or of a text, (length,).
+        batch_size: images or texts in a step.
         optimizer_buffers: numbers that the optimizer keeps of every parameter: one for momentum, two for Adam.
 
     Example:
@@ -39,23 +40,21 @@ def step_bytes(
     """
     buffers = [buffer.clone() for buffer in supernet.buffers()]
     try:
-        few, more = (_peak(supernet, step, shape, images) for images in (_IMAGES, 2 * _IMAGES))
+        few, more = (_peak(supernet, step, shape, count) for count in (_FEW, 2 * _FEW))
     finally:
         for buffer, kept in zip(supernet.buffers(), buffers, strict=True):
             buffer.copy_(kept)
         for parameter in supernet.parameters():
             parameter.grad = None
     weights = sum(p.numel() * p.element_size() for p in supernet.parameters())
-    return round(optimizer_buffers * weights + few + (more - few) / _IMAGES * (batch_size - _IMAGES))
+    return round(optimizer_buffers * weights + few + (more - few) / _FEW * (batch_size - _FEW))
 
 
-def _peak(
-    supernet: nn.Module, step: Callable[[Tensor, Tensor], object], shape: tuple[int, int, int], images: int
-) -> int:
-    """Return the most bytes alive at once in a step of so many images, gradients included."""
+def _peak(supernet: nn.Module, step: Callable[[Tensor, Tensor], object], shape: tuple[int, ...], count: int) -> int:
+    """Return the most bytes alive at once in a step of so many inputs, gradients included."""
     device = next(supernet.parameters()).device
-    x = torch.zeros(images, *shape, device=device).contiguous(memory_format=torch.channels_last)
-    y = torch.zeros(images, dtype=torch.long, device=device)
+    x = zeros(count, shape, device, channels_last=True)
+    y = torch.zeros((count, *shape) if len(shape) == 1 else count, dtype=torch.long, device=device)
     for parameter in supernet.parameters():
         parameter.grad = None
     if device.type == "cuda":

@@ -119,10 +119,13 @@ class TrainObjective(Objective):
 
     Args:
         space: bound to the data.
-        data: train and validation images; test images only with ``test=True``, which table builders alone use.
+        data: training and validation splits; the test split only with ``test=True``, which table builders alone use.
         recipe: how to train.
         seeds: one training run each; metrics are means, and each run's own are kept in the trial's `runs`.
         device: where to train.
+
+    Raises:
+        SettingError: the space or the recipe is for other data: images, or a text.
     """
 
     default = "val_accuracy"
@@ -140,9 +143,11 @@ class TrainObjective(Objective):
         device: str = "auto",
         test: bool = False,
     ) -> None:
+        check_kind(space, data)
         self.space, self.recipe, self.seeds, self.test = space, recipe, tuple(seeds), test
         self.device = pick_device(device)
         self.data = data.to(self.device)
+        data.train_batches(recipe.batch_size, seed=0, epoch=0, cutout=recipe.cutout)  # says what does not fit
         self._counts: dict[Arch, dict[str, int]] = {}
         self.names = ("val_accuracy", "val_loss", "params", "macs", "bytes", "peak_bytes", "latency_ms")
 
@@ -235,6 +240,15 @@ class TrainObjective(Objective):
                 with atomic_write(done) as temporary:
                     temporary.write_text(json.dumps(metrics | {"seconds": watch.seconds}))
         return metrics | {"seconds": watch.seconds}
+
+
+def check_kind(space: SearchSpace, data: Data) -> None:
+    """Raise `SettingError` if a space takes from the data what such data do not have: images, or a text."""
+    for own, theirs in (("in_channels", "channels"), ("context", "context")):
+        if getattr(space, own, "no such setting") is None and not hasattr(data, theirs):
+            raise SettingError(
+                f"{type(space).__name__} takes {own} from the data, but {data!r} has none. Use a space for such data."
+            )
 
 
 class _Watch(training.Callback):

@@ -22,6 +22,15 @@ from nasbench.errors import SettingError
 _REPEATS = 5  # fewest timings: the spread of fewer says nothing
 
 
+def _attention_flops(queries: Sequence[int], keys: Sequence[int], values: Sequence[int], *_: Any, **__: Any) -> int:
+    """Return two operations for every multiply-add of both matrix products, whatever a mask hides."""
+    batch, heads, length, width = queries
+    return 2 * batch * heads * length * keys[2] * (width + values[3])
+
+
+_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # which torch lacks
+
+
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds of one forward, and the conditions without which they mean nothing."""
@@ -43,12 +52,12 @@ class Latency:
 
 @dataclass(frozen=True)
 class Profile:
-    """What one network costs, for one image but for `latency`, which is of a batch."""
+    """What one network costs, for one image or one text but for `latency`, which is of a batch."""
 
     params: int
     macs: int  # multiply-adds of one forward: a 3x3 convolution of c to k channels on h x w pixels has 9*c*k*h*w
     bytes: int  # parameters and buffers, as they are stored
-    peak_bytes: int  # most activation memory alive at once in one forward, the image included and the weights not
+    peak_bytes: int  # most activation memory alive at once in one forward, the input included and the weights not
     uncounted: tuple[str, ...]  # operators of the forward that `macs` knows no formula for, views left out
     latency: Latency | None = None
 
@@ -78,13 +87,17 @@ def measure(
     device: str | torch.device = "cpu",
     min_seconds: float = 0.2,
 ) -> Profile:
-    """Return what a network costs on images of `shape` (channels, height, width), in evaluation mode.
+    """Return what a network costs on inputs of `shape`, in evaluation mode.
 
-    One image goes through a copy of the model on the CPU; the model itself, its mode, its buffers and torch's random
-    state stay as they are. `batch`, `device` and `min_seconds` are those of `latency`, used only if it is asked for.
+    One input goes through a copy of the model on the CPU; the model itself, its mode, its buffers and torch's random
+    state stay as they are. Attention counts its two matrix products in full, also where a mask hides a part of them.
+
+    Args:
+        shape: (channels, height, width) of images, or (length,) of texts: int64 tokens.
+        batch, device, min_seconds: those of `latency`, used only if it is asked for.
 
     Raises:
-        SettingError: the network does not take images of this shape, and which layer says so; or no such device.
+        SettingError: the network does not take inputs of this shape, and which layer says so; or no such device.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4 * 4, 10))
@@ -100,10 +113,10 @@ def measure(
     timed = _time(model, shape, batch, device, min_seconds) if latency else None
     with _unseen():
         twin = copy.deepcopy(model).cpu().eval()
-        image = torch.zeros(1, *shape)
-        watch = Watch(image)
+        x = zeros(1, shape)
+        watch = Watch(x)
         with watch:  # entered first, so that it sees the very operators that the counter looks up
-            macs = _macs(twin, image)
+            macs = _macs(twin, x)
     stored = {id(t): t for t in twin.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}  # shared ones once
     return Profile(
         params=sum(p.numel() for p in twin.parameters()),
@@ -119,10 +132,11 @@ def count(build: Callable[[], nn.Module], shape: Sequence[int]) -> dict[str, int
     """Return ``{"params": ..., "macs": ...}`` of the network that `build` makes, without its memory or arithmetic.
 
     The network is built and run on torch's ``meta`` device, which knows shapes only: one too large for this machine is
-    counted like any other. A network that needs real numbers (one that calls ``.item()``, say) is built for real.
+    counted like any other. A network that needs real numbers (one that calls ``.item()``, say) is built for real. See
+    `measure` for `shape`.
 
     Raises:
-        SettingError: the network does not take images of this shape, and which layer says so.
+        SettingError: the network does not take inputs of this shape, and which layer says so.
 
     Example:
         >>> from search_spaces import NASBench201
@@ -147,10 +161,10 @@ def latency(
     device: str | torch.device = "cpu",
     min_seconds: float = 0.2,
 ) -> Latency:
-    """Return how long one forward of `batch` images takes, in evaluation mode, on as many threads as torch now uses.
+    """Return how long one forward of `batch` inputs takes, in evaluation mode, on as many threads as torch now uses.
 
     A copy of the model is timed on `device` after a warm-up, with the channels-last layout that our data and training
-    have, for at least `min_seconds` and five times. On a GPU each forward is waited for.
+    have, for at least `min_seconds` and five times. On a GPU each forward is waited for. See `measure` for `shape`.
 
     Raises:
         SettingError: the network does not take such a batch, or there is no such device.
@@ -177,7 +191,7 @@ def _time(
     threads = torch.get_num_threads()
     with _unseen(place), torch.inference_mode():
         twin = copy.deepcopy(model).to(place).to(memory_format=torch.channels_last).eval()
-        x = torch.zeros(batch, *shape, device=place).contiguous(memory_format=torch.channels_last)
+        x = zeros(batch, shape, place, channels_last=True)
         _forward(twin, x)
         # Timer itself waits for a GPU only after many forwards, and counts them as if they ran one by one.
         wait = {"cuda": "; torch.cuda.synchronize(x.device)", "mps": "; torch.mps.synchronize()"}.get(place.type, "")
@@ -199,17 +213,35 @@ def _count(build: Callable[[], nn.Module], shape: Sequence[int], device: str) ->
     with _unseen():
         model = build().eval()
         with _Remember():
-            macs = _macs(model, torch.zeros(1, *shape, device=device))
+            macs = _macs(model, zeros(1, shape, device))
         return {"params": sum(p.numel() for p in model.parameters()), "macs": macs}
 
 
-def _macs(model: nn.Module, image: Tensor) -> int:
-    """Run one image through the model; torch's counter takes a multiply-add for two operations."""
+def zeros(
+    count: int, shape: Sequence[int], device: str | torch.device = "cpu", *, channels_last: bool = False
+) -> Tensor:
+    """Return a batch of zeros as a network takes it: images of this shape, or of a text (T,) int64 tokens.
+
+    Args:
+        channels_last: the memory format of images.
+
+    Example:
+        >>> zeros(2, (3, 8, 8)).shape, zeros(2, (64,)).shape, zeros(2, (64,)).dtype
+        (torch.Size([2, 3, 8, 8]), torch.Size([2, 64]), torch.int64)
+    """
+    if len(shape) == 1:
+        return torch.zeros(count, *shape, dtype=torch.int64, device=device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.zeros(count, *shape, device=device).contiguous(memory_format=layout)
+
+
+def _macs(model: nn.Module, x: Tensor) -> int:
+    """Run one input through the model; torch's counter takes a multiply-add for two operations."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # fused attention has no formula
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            _forward(model, image)
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+            _forward(model, x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return int(counter.get_total_flops()) // 2
@@ -224,8 +256,9 @@ def _forward(model: nn.Module, x: Tensor) -> None:
         layers = [f"layer {names[id(m)]!r} ({type(m).__name__})" for m in frames if id(m) in names]
         where = layers[-1] if layers else f"the {type(model).__name__} itself"
         size = " x ".join(map(str, x.shape))
+        axes = "batch x length" if x.ndim == 2 else "batch x channels x height x width"
         raise SettingError(
-            f"the network does not take a batch of {size} (batch x channels x height x width): {where} says "
+            f"the network does not take a batch of {size} ({axes}): {where} says "
             f"{str(error).strip()!r}. Give the shape of the data it was built for, or build it for this one."
         ) from error
 
@@ -233,17 +266,18 @@ def _forward(model: nn.Module, x: Tensor) -> None:
 class Watch(TorchDispatchMode):
     """Sees every operator of a pass: which have no formula, and how much memory of activations is alive at most."""
 
-    def __init__(self, image: Tensor) -> None:
+    def __init__(self, x: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.uncounted: set[str] = set()
         self._alive: dict[int, int] = {}
         self._sum = self.peak = 0
-        self._count(_storages(image).values())
+        self._count(_storages(x).values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = str(func._overloadpacket).removeprefix("aten.")
-        if func._overloadpacket not in flop_registry and not func.is_view and not name.startswith("empty"):
+        counted = func._overloadpacket in flop_registry or func._overloadpacket in _FORMULAS
+        if not (counted or func.is_view or name.startswith("empty")):
             self.uncounted.add(name)
         given = _storages(args, kwargs)  # a view or an in-place result is no new memory
         self._count(storage for key, storage in _storages(out).items() if key not in given)
@@ -296,8 +330,10 @@ def _described(value: Any) -> Any:
 
 
 def _check_shape(shape: Sequence[int]) -> None:
-    if not (isinstance(shape, Sequence) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape)):
-        raise SettingError(f"a network is measured on images of (channels, height, width), got shape={shape!r}.")
+    if not (isinstance(shape, Sequence) and len(shape) in (1, 3) and all(isinstance(n, int) and n > 0 for n in shape)):
+        raise SettingError(
+            f"a network is measured on texts of (length,) or images of (channels, height, width), got shape={shape!r}."
+        )
 
 
 def _unseen(device: torch.device | None = None) -> AbstractContextManager[None]:

@@ -22,12 +22,13 @@ class Recipe:
     wants an `lr` near 0.001.
 
     Attributes:
-        epochs: passes over the training images.
-        batch_size: images per step, over all processes.
+        epochs: passes over the training split.
+        batch_size: images, or windows of a text, per step, over all processes.
         optimizer: ``"sgd"`` or ``"adamw"``.
         warmup: epochs, may be a fraction.
         auxiliary: weight of the loss of an auxiliary head, for networks that have one (``DARTS(auxiliary=True)``).
-        cutout: side in pixels of a square of zeros put on every image; 0 for none.
+        augment: shift and mirror images; cut a text elsewhere in every epoch.
+        cutout: side in pixels of a square of zeros put on every image; 0 for none, and for a text.
         drop_path: probability with which a ``DropPath`` drops in the last epoch; it grows linearly from zero.
         clip: largest norm of the whole gradient, or None.
         amp: bfloat16 autocast; None means on CUDA devices that have it.

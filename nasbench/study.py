@@ -74,7 +74,7 @@ def search(
 
     Args:
         space: what to search. Its `classes` and `in_channels` are taken from the data where they were left out.
-        data: images to train on (`nasbench.data.load`), a `Table` to look results up in, or a function from an
+        data: images or a text (`nasbench.data.load`), a `Table` to look results up in, or a function from an
             architecture to a mapping of metrics; or an `Objective`.
         strategy: a name, a strategy, or an Optuna sampler (used as it is: only named strategies resume exactly). Names
             of black-box strategies: "evolution", "top_evolution", "local_search", "grid", "random", "tpe", "gp",

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from nasbench.checkpoint import Saver, check_identity, check_writable, identity_of, read, restore
 from nasbench.devices import pick_device
 from nasbench.errors import SettingError, TrainingDiverged
+from nasbench.profile import zeros
 from nasbench.recipe import Recipe, is_number
 from search_spaces.operations import DropPath
 
@@ -56,7 +57,10 @@ class Callback:
         """Model and optimizer are ready. When a run is continued, this comes before its state is loaded."""
 
     def loss(self, run: Run, x: Tensor, y: Tensor, logits: Tensor) -> Tensor | None:
-        """Return a scalar in place of the cross-entropy, or None. x: (B, C, H, W), y: (B,), logits: (B, classes)."""
+        """Return a scalar in place of the cross-entropy, or None.
+
+        x: (B, C, H, W), y: (B,), logits: (B, classes); of a text (B, T), (B, T) and (B, classes, T).
+        """
         return None
 
     def on_backward(self, run: Run) -> None:
@@ -160,7 +164,8 @@ def fit(
         split: ``"train"``, or ``"train+val"`` for a final model.
 
     Raises:
-        SettingError: a bad recipe, device or argument, or a model that does not map (B, C, H, W) to (B, classes).
+        SettingError: a bad recipe, device or argument, or a model that does not map images (B, C, H, W) to
+            (B, classes), or a text (B, T) to (B, classes, T).
         CheckpointError: the checkpoint is corrupt, of another run, or cannot be written.
         TrainingDiverged: the loss or the gradient is no longer finite.
 
@@ -318,7 +323,7 @@ def _one_step(
         run._hit_sum.zero_()
     run._seen += 1
     run._loss_sum += run._loss
-    run._hit_sum += (logits.detach().argmax(1) == y).sum() / len(y)
+    run._hit_sum += (logits.detach().argmax(1) == y).sum() / y.numel()
     if cheap:
         if not math.isfinite(value := run.last_loss):
             raise _diverged(run, finite, "loss is")
@@ -385,23 +390,25 @@ def _autocast(recipe: Recipe, device: torch.device) -> bool:
 
 
 def _prepare(model: nn.Module, data: Data, recipe: Recipe, device: torch.device) -> None:
-    """Move the model where it trains, and see that it fits the data."""
+    """Move the model where it trains, and see that it and the recipe fit the data."""
+    data.train_batches(recipe.batch_size, seed=0, epoch=0, cutout=recipe.cutout)
     model.to(device)
     if recipe.channels_last:
         for parameter in model.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    x = torch.zeros((2, *data.shape), device=device)
+    x = zeros(2, data.shape, device)
+    expected = (2, data.classes, *data.shape) if len(data.shape) == 1 else (2, data.classes)
     try:
         with _evaluating(model):
             logits = model(x)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise SettingError(f"the model cannot take a batch {tuple(x.shape)} of {data.name!r}: {error}") from error
-    if not isinstance(logits, Tensor) or logits.shape != (2, data.classes):
+    if not isinstance(logits, Tensor) or logits.shape != expected:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise SettingError(
             f"the model maps a batch {tuple(x.shape)} to {found}, but {data.name!r} has {data.classes} classes: "
-            f"it must give {(2, data.classes)}"
+            f"it must give {expected}"
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SettingError("the model has no parameter that requires a gradient: there is nothing to train")
@@ -440,7 +447,10 @@ def make_optimizer(
 def validate(model: nn.Module, data: Data, batch_size: int = 512, split: str = "val") -> dict[str, float]:
     """Return ``{"val_accuracy": 0 to 1, "val_loss": mean cross-entropy}``, without augmentation, where the model is.
 
+    Means are over images, or over all predicted characters of a text.
+
     Args:
+        batch_size: images or windows at a time.
         split: ``"val"`` or ``"train"``; it names the keys.
 
     Example:
@@ -454,7 +464,7 @@ def validate(model: nn.Module, data: Data, batch_size: int = 512, split: str = "
 def evaluate(model: nn.Module, data: Data, batch_size: int = 512) -> dict[str, float]:
     """Return ``{"test_accuracy": 0 to 1, "test_loss": mean cross-entropy}``: once, of the model you have settled on.
 
-    Nothing else reads test images.
+    Nothing else reads test images, or the test part of a text.
 
     Example:
         >>> from nasbench.data import load
@@ -467,10 +477,11 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 512) -> dict[str, f
 def recalibrate(model: Network, data: Data, *, images: int = 2048, batch_size: int = 128, seed: int = 0) -> Network:
     """Replace the running statistics of all batch norms by those of training images, in place, and return the model.
 
-    A network whose weights were trained inside a supernet needs it: the supernet's statistics are of mixed paths.
+    A network whose weights were trained inside a supernet needs it: the supernet's statistics are of mixed paths. One
+    without batch norms is returned as it is.
 
     Args:
-        images: how many training images to look at, at most; drawn at random, without augmentation.
+        images: how many training images (windows of a text) to look at, at most; drawn at random, without augmentation.
         seed: decides which.
 
     Raises:
@@ -486,6 +497,8 @@ def recalibrate(model: Network, data: Data, *, images: int = 2048, batch_size: i
     arXiv:1904.00420; statistics are plain means over the batches.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return model
     momenta = [norm.momentum for norm in norms]
     training = [module for module in model.modules() if module.training]
     device = _device_of(model)
@@ -517,7 +530,7 @@ def _score(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], split: st
             logits = model(x)
             losses += functional.cross_entropy(logits, y, reduction="sum")
             hits += (logits.argmax(1) == y).sum()
-            count += len(y)
+            count += y.numel()
     return {f"{split}_accuracy": int(hits) / count, f"{split}_loss": float(losses) / count}
 
 

@@ -36,7 +36,9 @@ class Supernet(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, mixture: Mixture) -> Tensor:
-        """Return logits (B, classes) of images (B, in_channels, H, W), every path weighted by the mixture.
+        """Return what the space's networks do: logits (B, classes) of images (B, in_channels, H, W), say.
+
+        Every path is weighted by the mixture.
 
         Raises:
             ArchError: the mixture does not fit the space's sites.
@@ -82,6 +84,8 @@ class SearchSpace(ABC):
     @abstractmethod
     def build(self, arch: Arch) -> nn.Module:
         """Return a fresh network of the architecture: (B, in_channels, H, W) images to (B, classes) logits.
+
+        A language model maps (B, T) tokens to (B, classes, T) logits.
 
         Raises:
             ArchError: the architecture is not of this space, or the space is not bound to data.
@@ -286,12 +290,15 @@ class SearchSpace(ABC):
     # Settings ------------------------------------------------------------------------------------------------------
 
     def bind(self, data: Any) -> Self:
-        """Return the space with `classes`, `in_channels` and any `image_size` taken from the data where left ``None``.
+        """Return the space with what was left ``None`` taken from the data.
+
+        That is `classes`, and `in_channels` and `image_size` of images or `context` of a text.
 
         Raises:
             ArchError: the space was made for other classes, channels or sizes than the data has.
         """
-        names = {"classes": "classes", "in_channels": "channels", "image_size": "height"}  # here: there
+        # here: there
+        names = {"classes": "classes", "in_channels": "channels", "image_size": "height", "context": "context"}
         found = {own: getattr(data, theirs, None) for own, theirs in names.items()}
         changes = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -312,10 +319,10 @@ class SearchSpace(ABC):
             raise ArchError(f"{name} does not know {lacking} yet. Use space.bind(data), or {name}({unset[0]}=...).")
 
     def require_positive(self, *settings: str) -> None:
-        """Raise `ArchError` unless these settings are positive integers, or `classes` and `in_channels` not yet set."""
+        """Raise `ArchError` unless these settings are positive integers, or of those that `bind` sets not yet set."""
         for name in settings:
             value = getattr(self, name)
-            unbound = value is None and name in ("classes", "in_channels")
+            unbound = value is None and name in ("classes", "in_channels", "image_size", "context")
             if not unbound and (type(value) is not int or value < 1):
                 raise ArchError(f"{type(self).__name__} was given {name}={value!r}; it is a positive integer.")
 

@@ -8,7 +8,8 @@ it takes the slice instead, so that a drawn path costs its own size.
 A dimension should be weighted *once* on the way through a network: where its values are made, by the last norm that
 sees them, or else by the layer that makes them. All other layers along it take `Span.plain`. A batch norm in training
 cancels any factor of a channel that reaches it, so a weight in front of it would teach nothing, and a weight applied
-by two layers would count squared.
+by two layers would count squared. Where a ReLU follows, the layers that read the dimension weigh it instead, all of
+them: a ReLU has no gradient at zero, so of what weighs nothing there it could not be asked whether it should.
 
 Source: Sukthanker et al., Weight-Entanglement Meets Gradient-Based Neural Architecture Search, 2023, arXiv:2312.10440.
 Their code loops over the options, pads each slice and adds; it weights a dimension at every layer along it, and its
@@ -17,6 +18,7 @@ layer norm has the statistics of the largest width. Ours gives exactly the slice
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
@@ -32,6 +34,7 @@ class Span:
     """How one axis is used in one forward: its leading entries, each times its weight.
 
     Attributes:
+        mask: the weight of every entry, (size,) or (size, size), or () if all weigh the same; None: all weigh 1.
         sizes: the sizes that are mixed.
         weights: of each of them, (K,).
         stairs: for each of them ones where it reaches and zeros behind, (K, size), or (K, size, size) of a kernel.
@@ -40,6 +43,10 @@ class Span:
 
     def __init__(self, sizes: Sequence[int], weights: Tensor, stairs: Tensor, options: slice) -> None:
         self.sizes, self.weights, self.stairs, self.options = tuple(sizes), weights, stairs, options
+        # Here and not when it is asked for: the inside of a block, computed again, has to do just what it did before.
+        self.mask: Tensor | None = weights[0]
+        if len(self.sizes) > 1:
+            self.mask = (weights @ stairs.flatten(1)).view(stairs.shape[1:])
 
     @property
     def size(self) -> int:
@@ -47,14 +54,11 @@ class Span:
         return self.stairs.shape[-1]
 
     @cached_property
-    def mask(self) -> Tensor | None:
-        """The weight of every entry, (size,) or (size, size), or () if all weigh the same; None: all weigh 1."""
-        return self.weights[0] if len(self.sizes) == 1 else torch.tensordot(self.weights, self.stairs, 1)
-
-    @cached_property
     def plain(self) -> Span:
         """The same entries, each with weight 1: for all layers along a dimension but the one that weighs it."""
-        return _Plain(self.sizes, self.weights, self.stairs, self.options)
+        span = copy.copy(self)
+        span.mask = None
+        return span
 
     def times(self, count: int) -> Span:
         """Return the span in which each entry is repeated: heads become the features of heads."""
@@ -62,15 +66,11 @@ class Span:
         return Span(sizes, self.weights, self.stairs.repeat_interleave(count, -1), self.options)
 
 
-class _Plain(Span):
-    mask = None
-
-
 class Axis(nn.Module):
     """A choice of sizes of one axis.
 
     Args:
-        sizes: one for each option of the site, ascending.
+        sizes: one for each option of the site, ascending; options may have the same size.
 
     Raises:
         ArchError: sizes are missing, not ascending or no positive integers.
@@ -90,15 +90,15 @@ class Axis(nn.Module):
         self.sizes = tuple(sizes)
         if not self.sizes or any(type(size) is not int or size < 1 for size in self.sizes):
             raise ArchError(f"the sizes of an axis are positive integers, got {self.sizes}.")
-        if list(self.sizes) != sorted(set(self.sizes)):
-            raise ArchError(f"the sizes of an axis ascend, each once, got {self.sizes}. Sort the options.")
+        if list(self.sizes) != sorted(self.sizes):
+            raise ArchError(f"the sizes of an axis ascend, got {self.sizes}. Sort the options.")
         self.register_buffer("stairs", self._stairs(), persistent=False)
 
     def _stairs(self) -> Tensor:
         return (torch.arange(self.sizes[-1]) < torch.tensor(self.sizes)[:, None]).float()
 
-    def _of(self, option: int) -> Tensor:
-        return self.stairs[option : option + 1, : self.sizes[option]]
+    def _cut(self, stairs: Tensor, size: int) -> Tensor:
+        return stairs[:, :size]
 
     def forward(self, mixture: Mixture, site: str) -> Span:
         """Return the span that a mixture's weights of a site make of the axis.
@@ -119,8 +119,23 @@ class Axis(nn.Module):
         if len(active) == 1 and not weights.requires_grad:
             (option,) = active
             options = slice(option, option + 1)
-            return Span(self.sizes[options], weights[options], self._of(option), options)
-        return Span(self.sizes, weights, self.stairs.to(weights.dtype), slice(None))
+            return self._span(weights[options], options)
+        return self._span(weights, slice(None))
+
+    def beside(self, span: Span) -> Span:
+        """Return the span of this axis where another axis of the same site has that one.
+
+        Example:
+            >>> span = Axis((16, 32))(Mixture({"width": torch.tensor([0.25, 0.75])}), "width")
+            >>> Axis((2, 3)).beside(span).mask
+            tensor([1.0000, 1.0000, 0.7500])
+        """
+        return self._span(span.weights, span.options)
+
+    def _span(self, weights: Tensor, options: slice) -> Span:
+        sizes = self.sizes[options]
+        stairs = self._cut(self.stairs[options], sizes[-1])
+        return Span(sizes, weights, stairs.to(weights.dtype), options)
 
 
 class KernelAxis(Axis):
@@ -145,8 +160,8 @@ class KernelAxis(Axis):
         ring = torch.maximum(offset[:, None], offset)
         return (ring <= torch.tensor(self.sizes)[:, None, None] // 2).float()
 
-    def _of(self, option: int) -> Tensor:
-        return _centre(self.stairs[option : option + 1], self.sizes[option])
+    def _cut(self, stairs: Tensor, size: int) -> Tensor:
+        return _centre(stairs, size)
 
 
 class CoupledAxis(nn.Module):
@@ -168,8 +183,9 @@ class CoupledAxis(nn.Module):
     ) -> None:
         super().__init__()
         self.sizes = [[size(width, ratio) for ratio in ratios] for width in widths]
-        table = torch.tensor(self.sizes)
-        self.register_buffer("reach", (torch.arange(int(table.max())) < table[..., None]).float(), persistent=False)
+        largest = max(map(max, self.sizes))
+        reach = torch.arange(largest) < torch.tensor(self.sizes)[..., None]
+        self.register_buffer("reach", reach.float(), persistent=False)
 
     @property
     def size(self) -> int:
@@ -247,9 +263,9 @@ class EntangledConv2d(nn.Conv2d):
         if kernel is not None:
             weight, mask = _centre(weight, kernel.size), kernel.mask
         if inputs is not None and self.group_width is None:
-            weight, mask = weight[:, : inputs.size], _times(mask, inputs.mask, (-1, 1, 1))
+            weight, mask = _first(weight, inputs.size, 1), _times(mask, inputs.mask, (-1, 1, 1))
         if out is not None:
-            weight, mask = weight[: out.size], _times(mask, out.mask, (-1, 1, 1, 1))
+            weight, mask = _first(weight, out.size), _times(mask, out.mask, (-1, 1, 1, 1))
         return weight if mask is None else weight * mask
 
 
@@ -270,14 +286,14 @@ class EntangledLinear(nn.Linear):
 
         Args:
             joint: of coupled axes the weight of each output with each input, (out.size, inputs.size), in place of the
-                product of the two: see `coupled`.
+                product of the two: see `CoupledAxis`.
         """
         weight, mask = self.weight, joint
         if inputs is not None:
-            weight = weight[:, : inputs.size]
+            weight = _first(weight, inputs.size, 1)
             mask = mask if joint is not None else inputs.mask
         if out is not None:
-            weight = weight[: out.size]
+            weight = _first(weight, out.size)
             mask = mask if joint is not None else _times(mask, out.mask, (-1, 1))
         return F.linear(x, weight if mask is None else weight * mask, _leading(self.bias, out))
 
@@ -303,6 +319,22 @@ class EntangledBatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(x, mean, variance, weight, bias, self.training, momentum or 0.0, self.eps)
 
 
+class EntangledConvBN(nn.Module):
+    """What `operations.ConvBN` is, of entangled layers: the norm weighs nothing, for a ReLU may follow."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, *, group_width: int | None = None) -> None:
+        super().__init__()
+        self.conv = EntangledConv2d(c_in, c_out, kernel, stride, group_width=group_width)
+        self.norm = EntangledBatchNorm2d(c_out)
+
+    def forward(
+        self, x: Tensor, out: Span | None = None, inputs: Span | None = None, kernel: Span | None = None
+    ) -> Tensor:
+        out = None if out is None else out.plain
+        y: Tensor = self.norm(self.conv(x, out, inputs, kernel), out)
+        return y
+
+
 class EntangledLayerNorm(nn.LayerNorm):
     """A layer norm over the last axis: the weighted sum of the layer norms of all sizes, each with its own statistics.
 
@@ -323,7 +355,7 @@ class EntangledLayerNorm(nn.LayerNorm):
             mean: divide every entry by its weight: the mean over the sizes that have it, for a layer behind that
                 weighs the axis itself, jointly with its own.
         """
-        gain, shift = self.weight[: span.size], self.bias[: span.size]
+        gain, shift = _first(self.weight, span.size), _first(self.bias, span.size)
         if len(span.sizes) == 1:
             if not mean:
                 gain, shift = gain * span.weights, shift * span.weights
@@ -356,7 +388,7 @@ class EntangledEmbedding(nn.Embedding):
     def _columns(self, span: Span | None) -> Tensor:
         if span is None:
             return self.weight
-        columns = self.weight[:, : span.size]
+        columns = _first(self.weight, span.size, 1)
         return columns if span.mask is None else columns * span.mask
 
 
@@ -466,14 +498,18 @@ class EntangledSupernet(Supernet):
         for count, (block, *own) in enumerate(zip(blocks, *spans, strict=False), 1):
             if count > depth.size:
                 break
-            if self.recompute and self.training and torch.is_grad_enabled():
-                x = recomputed(block, block, x, *own)
-            else:
-                x = block(x, *own)
+            x = self.inside(block, x, *own)
             if count in weights:
                 total = x * weights[count] if total is None else torch.addcmul(total, x, weights[count])
         assert total is not None
         return total
+
+    def inside(self, block: nn.Module, x: Tensor, *spans: Span | None) -> Tensor:
+        """Return what a block gives for x and these spans; `recompute` keeps nothing of its inside."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return recomputed(block, block, x, *spans)
+        out: Tensor = block(x, *spans)
+        return out
 
     def extract(self, arch: Arch) -> nn.Module:
         with torch.device("meta"):  # shapes and names alone: nothing is initialised, nor drawn
@@ -484,6 +520,23 @@ class EntangledSupernet(Supernet):
             assign=True,
         )
         return network.train(self.training)
+
+
+def check_options(space: SearchSpace, *settings: str) -> None:
+    """Raise `ArchError` unless these settings of a space are tuples of positive integers, each greater than the last.
+
+    Lists, as JSON has them, are made tuples: they would make the space unhashable.
+    """
+    owner = type(space).__name__
+    for name in settings:
+        options = getattr(space, name)
+        if isinstance(options, list):
+            options = tuple(options)
+            object.__setattr__(space, name, options)
+        if not isinstance(options, tuple) or any(type(option) is not int or option < 1 for option in options):
+            raise ArchError(f"{owner} was given {name}={options!r}; it is a tuple of positive integers.")
+        if not options or list(options) != sorted(set(options)):
+            raise ArchError(f"{owner} was given {name}={options!r}; it needs at least one option, in ascending order.")
 
 
 def check_kernels(sizes: Sequence[int]) -> None:
@@ -513,11 +566,17 @@ def _part(largest: Tensor, shape: torch.Size) -> Tensor:
     return largest[tuple(slice(size) for size in shape)]
 
 
+def _first(tensor: Tensor, size: int, dim: int = 0) -> Tensor:
+    """The leading entries along an axis; of a whole axis no view, whose backward pass would be a copy."""
+    return tensor if tensor.shape[dim] == size else tensor.narrow(dim, 0, size)
+
+
 def _leading(vector: Tensor | None, span: Span | None) -> Tensor | None:
     """What a span uses of a bias, a scale or a shift."""
     if vector is None or span is None:
         return vector
-    return vector[: span.size] if span.mask is None else vector[: span.size] * span.mask
+    vector = _first(vector, span.size)
+    return vector if span.mask is None else vector * span.mask
 
 
 def _times(mask: Tensor | None, factor: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import nasbench.data
-from nasbench.data import Array, Data, FolderData, TensorData, from_arrays, load
+import nasbench.images
+from nasbench.data import Data, FolderData, TensorData, from_arrays, load
 from nasbench.errors import DataError, SettingError
+from nasbench.splits import Array
 
 
 def pixels(count: int, height: int = 8, width: int = 8, channels: int = 3, seed: int = 0) -> Array:
@@ -416,7 +417,7 @@ def test_cutout_is_one_clipped_square_of_zeros(side: int) -> None:
 
 def test_large_sets_are_padded_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = joined(small().train_batches(8, seed=0, epoch=0, cutout=3))[0]
-    monkeypatch.setattr(nasbench.data, "_STORE_BYTES", 1000)
+    monkeypatch.setattr(nasbench.images, "_STORE_BYTES", 1000)
     data = small()
     assert torch.equal(stored, joined(data.train_batches(8, seed=0, epoch=0, cutout=3))[0])
     assert data._store is None

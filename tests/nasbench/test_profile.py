@@ -110,6 +110,48 @@ def test_attention_is_counted_on_every_device_though_torch_would_fuse_it() -> No
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+class Causal(nn.Module):
+    """Tokens to logits by one attention of two heads."""
+
+    def __init__(self, mask: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.inner, self.outer = nn.Embedding(11, 8), nn.Linear(8, 24), nn.Linear(8, 11)
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inner(self.embedding(x)).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril() if self.mask else None
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not self.mask)
+        logits: Tensor = self.outer(mixed.transpose(1, 2).flatten(2)).transpose(1, 2)
+        return logits
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_fused_attention_of_a_text_is_counted_in_full(mask: bool) -> None:
+    length, heads, width = 6, 2, 4
+    attention = heads * (length * width * length + length * length * width)  # whatever the mask hides
+    by_hand = length * 8 * 24 + attention + length * 8 * 11
+    params = 11 * 8 + 8 * 24 + 24 + 8 * 11 + 11
+    assert count(lambda: Causal(mask), (length,)) == {"params": params, "macs": by_hand}
+    profile = measure(Causal(mask), (length,))
+    assert (profile.params, profile.macs) == (params, by_hand)
+    assert not any("attention" in name for name in profile.uncounted)
+    assert latency(Causal(mask), (length,), batch=3, min_seconds=0.001).batch == 3
+
+
+def test_fused_attention_keeps_no_scores() -> None:
+    assert measure(Causal(), (512,)).peak_bytes < 2 * 512 * 512 * 4  # those of two heads
+
+
+def test_grouped_queries_are_counted_like_others() -> None:
+    class Grouped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q, kv = (torch.zeros(1, heads, x.shape[1], 4, device=x.device) for heads in (4, 2))
+            return nn.functional.scaled_dot_product_attention(q, kv, kv, is_causal=True, enable_gqa=True)
+
+    assert count(Grouped, (6,))["macs"] == measure(Grouped(), (6,)).macs == 2 * 4 * 6 * 6 * 4
+
+
 def test_count_needs_no_memory_for_weights() -> None:
     def build() -> nn.Module:  # four petabytes
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 10**9), nn.Linear(10**9, 10**6))
@@ -262,6 +304,10 @@ class TestErrors:
         with pytest.raises(SettingError, match=r"batch of 1 x 1 x 8 x 8 .*layer '0' \(Conv2d\) says .*3 channels"):
             call(self.net(), (1, 8, 8))
 
+    def test_a_network_for_images_takes_no_text(self) -> None:
+        with pytest.raises(SettingError, match=r"batch of 1 x 64 \(batch x length\): layer '0' \(Conv2d\) says "):
+            measure(self.net(), (64,))
+
     def test_wrong_size_names_the_inner_layer(self) -> None:
         with pytest.raises(SettingError, match=r"layer '1\.1' \(Linear\) says .*Give the shape of the data"):
             measure(self.net(), (3, 9, 9))
@@ -272,15 +318,15 @@ class TestErrors:
         with pytest.raises(SettingError, match="the Module itself says"):
             measure(nn.Module(), (3, 8, 8))
 
-    @pytest.mark.parametrize("shape", [(8, 8), (3, 0, 8), (3, 8.0, 8), (1, 3, 8, 8), 8, "888"])
-    def test_shape_is_three_positive_integers(self, shape: object) -> None:
+    @pytest.mark.parametrize("shape", [(), (0,), (8, 8), (3, 0, 8), (3, 8.0, 8), (1, 3, 8, 8), 8, "888"])
+    def test_shape_is_one_or_three_positive_integers(self, shape: object) -> None:
         calls: list[Callable[[object], object]] = [
             lambda shape: measure(self.net(), shape),  # type: ignore[arg-type]
             lambda shape: latency(self.net(), shape),  # type: ignore[arg-type]
             lambda shape: count(self.net, shape),  # type: ignore[arg-type]
         ]
         for call in calls:
-            with pytest.raises(SettingError, match=r"\(channels, height, width\), got shape="):
+            with pytest.raises(SettingError, match=r"\(length,\) or images of \(channels, height, width\), got shape="):
                 call(shape)
 
     def test_batch_seconds_and_device(self) -> None:

@@ -226,6 +226,17 @@ def test_bind_fills_in_what_was_left_out() -> None:
     assert TOY.bind(object()) is TOY  # a table, say, has neither
 
 
+def test_bind_fills_in_the_context_of_a_text() -> None:
+    @dataclass(frozen=True)
+    class OfTexts(Toy):
+        context: int | None = None
+
+    data = SimpleNamespace(classes=50, context=64)
+    assert OfTexts().bind(data) == OfTexts(classes=50, context=64)
+    with pytest.raises(ArchError, match="OfTexts was made with context=32, the data has 64. Leave context out"):
+        OfTexts(context=32).bind(data)
+
+
 def test_bind_refuses_other_classes() -> None:
     with pytest.raises(ArchError, match=r"Toy was made with classes=5, the data has 10\. Leave classes out"):
         Toy(classes=5).bind(SimpleNamespace(classes=10, channels=3))
