@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nasbench import data, strategies
+    from nasbench.anytime import plot_anytime
     from nasbench.comparison import Comparison, compare
     from nasbench.data import Data
     from nasbench.errors import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from nasbench.training import Callback, evaluate, fit, recalibrate, validate
 
 _WHERE = {
+    "anytime": ["plot_anytime"],
     "comparison": ["Comparison", "compare"],
     "data": ["Data"],
     "errors": [
@@ -78,6 +80,7 @@ __all__ = [
     "fit",
     "join",
     "measure",
+    "plot_anytime",
     "recalibrate",
     "search",
     "strategies",

@@ -10,7 +10,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from nasbench.result import SearchResult
-from nasbench.style import ACCENT, COLOURS, INK, MUTED, SERIES, look, new_figure, plain
+from nasbench.style import ACCENT, COLOURS, INK, MUTED, PAPER, SERIES, look, new_figure, plain
 from search_spaces.base import Choices
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def draw_epochs(result: SearchResult) -> Figure:
     """Draw a one-shot search over its epochs: one small panel a site with the probability of every option.
 
     The option that leads in the end is drawn thicker. Where edges have weights of their own, a row of panels shows
-    them for each node. Below, as far as they are known: the true rank of the architecture that each epoch would have
-    chosen, the losses, the largest eigenvalue.
+    them for each node. Below, as far as they are known: of the architecture that each epoch would have chosen the
+    validation accuracy with shared weights and the true rank; the losses, the largest eigenvalue.
 
     Example:
         >>> from search_spaces import NASBench201
@@ -76,6 +76,8 @@ def draw_epochs(result: SearchResult) -> Figure:
                 parts.append((1.35, partial(_edges, name=name, sites=edges_of.pop(name), result=result)))
     for name, members in edges_of.items():  # of no group
         parts.append((1.35, partial(_edges, name=name, sites=members, result=result)))
+    if scored := any(e.get("val_accuracy") is not None for e in epochs):
+        parts.append((1.75, partial(_draw_below, drawn=[_accuracy], epochs=epochs)))
     if below:
         parts.append((1.9, partial(_draw_below, drawn=below, epochs=epochs)))
     if not parts:
@@ -85,7 +87,7 @@ def draw_epochs(result: SearchResult) -> Figure:
     subfigures = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for subfigure, (_, draw) in zip(subfigures, parts, strict=True):
         draw(subfigure)
-    if (sites or edges) and not below:
+    if (sites or edges) and not (scored or below):
         subfigures[-1].supxlabel("epoch", fontsize=8.5)
     return figure
 
@@ -232,6 +234,32 @@ def _known(epochs: Epochs, name: str) -> tuple[list[int], list[float]]:
     return [e["epoch"] for e in known], [e[name] for e in known]
 
 
+def _accuracy(axes: Axes, epochs: Epochs) -> None:
+    """Draw the validation accuracy of the choice; a dot where it is another architecture than the epoch before."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    x, y = _known(epochs, "val_accuracy")
+    axes.plot(x, y, color=ACCENT, lw=1.6)
+    archs = [e.get("arch") for e in epochs if e.get("val_accuracy") is not None]
+    changed = [i for i, arch in enumerate(archs) if i == 0 or arch != archs[i - 1]]
+    axes.plot([x[i] for i in changed], [y[i] for i in changed], "o", color=ACCENT, ms=3.5, mec=PAPER, mew=0.6)
+    _beside(axes, y[-1], f"{y[-1]:.1%}")
+    low, high = min(y), max(y)
+    spread = max(high - low, 0.01)
+    axes.set_ylim(max(-0.02, low - 0.12 * spread), min(1.02, high + 0.12 * spread))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 2):g}%"))
+    dots = "; dots: it changed" if len(changed) > 1 else ""
+    title = f"validation accuracy of the choice, with shared weights{dots}"
+    axes.set_title(title, loc="left", fontsize=8.5, pad=4)
+
+
+def _beside(axes: Axes, y: float, text: str) -> None:
+    """Write the last value beside the panel, at its height."""
+    where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, (1, y), (3, 0), color=ACCENT, annotation_clip=False, **where)
+
+
 def _rank(axes: Axes, epochs: Epochs) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -240,8 +268,7 @@ def _rank(axes: Axes, epochs: Epochs) -> None:
     axes.set_yscale("log")
     axes.plot(x, y, drawstyle="steps-mid", color=ACCENT, lw=1.4, alpha=0.6)
     axes.plot(x[-1:], y[-1:], "o", color=ACCENT, ms=5)
-    beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
-    axes.annotate(f"{y[-1]:,}", (1, y[-1]), (3, 0), color=ACCENT, annotation_clip=False, **beside)
+    _beside(axes, y[-1], f"{y[-1]:,}")
     axes.set_ylim(max(10, *y) * 1.6, 0.6)
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -182,7 +182,7 @@ def _epochs(result: SearchResult) -> str:
     if not result.epochs:
         return ""
     if not known_sites(result):
-        return f'<div class="wide">{_svg(draw_epochs(result), "Training loss over epochs")}</div>'
+        return f'<div class="wide">{_svg(draw_epochs(result), "Training of the supernet over epochs")}</div>'
     note = "Thicker: the option that leads in the end. Probabilities are shares, which need not decide alone."
     if known_sites(result, result.space.edge_sites):
         note += " The weight of an edge scales all that it carries."
@@ -232,7 +232,9 @@ def _counts(result: SearchResult) -> str:
         rows.append([state, f"{len(reasons):,}", reasons[0][:300] + (" (and similar)" if len({*reasons}) > 1 else "")])
     text += _table(rows, ["state", "trials", "reason"]) if rows else ""
     if trained := result.epochs and result.epochs[-1].get("seconds"):
-        text += f"<p>Training the supernet took {_duration(trained)}.</p>"
+        scored = result.epochs[-1].get("scoring_seconds")
+        of_it = f", {_duration(scored)} of it for scoring its choice after every epoch" if scored else ""
+        text += f"<p>Training the supernet took {_duration(trained)}{of_it}.</p>"
     seconds = [t.seconds for t in result.trials if t.seconds is not None and t.copied_from is None]
     if seconds:
         text += f"<p>Evaluating took {_duration(sum(seconds))}"

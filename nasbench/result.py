@@ -118,7 +118,10 @@ class SearchResult:
     Attributes:
         epochs: of a one-shot search, what was recorded of every epoch of its supernet: losses, the probabilities of all
             options, the architecture they decode to, the number of its skip connections, its true rank where a table
-            was given, the largest eigenvalue where the strategy watches it, and the seconds since the beginning.
+            was given, the largest eigenvalue where the strategy watches it, and the seconds since the beginning. Also
+            its validation accuracy and loss with the weights it then shared, and the part of the seconds since the
+            beginning that went into these scores, unless the strategy's `anytime` is off; where nothing is decoded
+            ("spos"), the architecture is the best of those that were scored.
 
     Example:
         >>> import nasbench as nb
@@ -228,12 +231,10 @@ class SearchResult:
             path: also save it there, as PNG, PDF or SVG by its ending.
         """
         from nasbench.drawing import draw_search
+        from nasbench.style import save_figure
 
         figure = draw_search(self)
-        if path is not None:
-            target = Path(path)
-            with atomic_write(target) as temporary:
-                figure.savefig(temporary, format=target.suffix.lstrip(".") or "png", dpi=150)
+        save_figure(figure, path)
         return figure
 
     def report(self, path: str | Path | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +14,11 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from nasbench import profile, training
+from nasbench import profile
 from nasbench.data import Data
 from nasbench.devices import pick_device
 from nasbench.errors import SettingError
-from nasbench.objective import WEIGHTS, Objective, TrialRun, announced, save_weights
+from nasbench.objective import WEIGHTS, Objective, TrialRun, announced, check_kind, save_weights
 from nasbench.ranks import Ranks
 from nasbench.recipe import Recipe
 from nasbench.strategies.one_shot import OneShot
@@ -87,6 +88,8 @@ class SupernetObjective(Objective):
         self.ranks = None if table is None else Ranks(space, *table)
         self.training: SupernetTraining | None = None
         # What does not fit is said here, before anything is written.
+        check_kind(space, data)
+        _check_supernet(space, strategy)
         with torch.device("meta"):
             self._shapes = space.supernet(**strategy.supernet())  # sub-networks are counted without copying weights
         if strategy.sites(space):
@@ -155,16 +158,29 @@ class SupernetObjective(Objective):
         return {name: value for name, value in found.items() if name in names}
 
     def __call__(self, arch: Arch, run: TrialRun) -> dict[str, float]:
-        """Extract, recalibrate, validate."""
-        network = self._trained().supernet.extract(arch)
-        training.recalibrate(network, self.data, batch_size=self.recipe.batch_size)
-        metrics = training.validate(network, self.data)
+        """Extract, recalibrate, validate (`SupernetTraining.inherit`)."""
+        network, metrics = self._trained().inherit(arch)
         if run.folder is not None:
             save_weights(network, run.folder / WEIGHTS)
         run.supernet = self.strategy.supernet()
         truth = {} if self.ranks is None else self.ranks.look_up(arch)
         truth.pop("rank_of", None)
         return metrics | self.preview(arch, ["params", "macs", *self.extra]) | truth
+
+
+def _check_supernet(space: SearchSpace, strategy: OneShot) -> None:
+    """Raise `SettingError` if the strategy sets what the space's supernet does not take."""
+    taken = inspect.signature(space.supernet).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return
+    for name, value in strategy.supernet().items():
+        if name not in taken:
+            default = getattr(type(strategy), name, None)  # where a named strategy has another
+            raise SettingError(
+                f"strategy {strategy.name!r} sets {name}={value!r}, which the supernet of {type(space).__name__} does "
+                f"not take: it takes {', '.join(taken) or 'no settings'}. Leave it out"
+                f"{'' if default is None else f', or use {name}={default!r}'}."
+            )
 
 
 @contextmanager

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nasbench.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -103,6 +106,13 @@ def new_figure(width: float, height: float, **settings: Any) -> Figure:
     figure = _chart()(figsize=(width, height), **settings)
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_figure(figure: Figure, path: str | Path | None) -> None:
+    """Write a figure to a file, whole or not at all: as PNG, PDF or SVG by its ending. None: nowhere."""
+    if path is not None:
+        with atomic_write(target := Path(path)) as temporary:
+            figure.savefig(temporary, format=target.suffix.lstrip(".") or "png", dpi=150)
 
 
 def name_axis(axis: Axis, name: str, sign: float) -> None:

@@ -1,4 +1,4 @@
-"""SupernetTraining a supernet: the loop of one-shot searches.
+"""Training a supernet: the loop of one-shot searches.
 
 Everything random is a function of (seed, epoch, step), and a checkpoint is written after every epoch, so a search that
 was killed and continued is the unbroken search, bit for bit (see `nasbench.training`). Weight decay spares norms and
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from nasbench.files import atomic_write
 from nasbench.ranks import Ranks
 from nasbench.recipe import Recipe
 from nasbench.strategies import bilevel
-from nasbench.strategies.one_shot import Differentiable, OneShot
+from nasbench.strategies.one_shot import SKIPS, Differentiable, OneShot
 from search_spaces.base import Arch, ArchError, Mixture, SearchSpace
 
 CHECKPOINT = "supernet.pt"
@@ -50,10 +51,11 @@ class SupernetTraining:
         recipe: how to train the weights.
         seed: of everything random.
         file: the checkpoint; if it exists, the training in it is continued.
-        ranks: tell the true rank of what is decoded after each epoch.
+        ranks: tell the true rank of what would be chosen after each epoch.
 
     Attributes:
-        epochs: for every finished epoch its losses, and what the architecture weights then said.
+        epochs: for every finished epoch its losses, what the architecture weights then said, and how good the
+            architecture was that the search would have chosen.
         chosen: the epoch that an alarm went back to, if one has ended the training: its architecture counts, with the
             weights of the last epoch.
     """
@@ -72,7 +74,7 @@ class SupernetTraining:
         self.space, self.strategy, self.recipe, self.seed, self.file = space, strategy, recipe, seed, file
         self.device, self.ranks = data.device, ranks
         sites = strategy.sites(space)
-        self.data = data
+        self.whole = self.data = data
         self.held: Data | None = None  # images that the architecture weights learn from
         if sites:
             self.data, self.held = data.halves(seed)
@@ -172,7 +174,10 @@ class SupernetTraining:
         means = (sums / steps).tolist()
         if not all(map(math.isfinite, means)):
             raise self._diverged("loss is")
-        entry = self._record(epoch, means, others is not None, bar)
+        entry = self._record(epoch, means, others is not None)
+        if rank == 0:  # it alone writes the entries
+            entry |= self._score(epoch, entry)
+        bar.set_postfix_str(_words(entry))
         self.seconds += time.monotonic() - started
         self.epochs.append(entry | {"seconds": round(self.seconds, 3)})
         self._watch_for_collapse()
@@ -223,11 +228,34 @@ class SupernetTraining:
         assert isinstance(self.strategy, Differentiable)
         return self.strategy.relaxation.probabilities(self.logits)
 
-    def _record(self, epoch: int, means: Sequence[float], moved: bool, bar: tqdm[Any]) -> dict[str, Any]:
+    def inherit(self, arch: Arch) -> tuple[nn.Module, dict[str, float]]:
+        """Return an architecture's network with the weights it shares now, batch norms recalibrated, and its scores.
+
+        The supernet stays as it is: the network has copies.
+        """
+        network = self.supernet.extract(arch)
+        training.recalibrate(network, self.whole, batch_size=self.recipe.batch_size)
+        return network, training.validate(network, self.whole)
+
+    def _score(self, epoch: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the architecture that the search would choose now, and how good it is with the weights it shares."""
+        started = time.monotonic()
+        last = self.epochs[-1] if self.epochs else {}
+        standing = entry.get("arch", last.get("arch"))
+        standing = None if standing is None else self.space.check(standing)
+        archs = self.strategy.candidates(self.space, standing, Random(f"{self.seed}/anytime/{epoch}"))
+        if not archs:
+            return {}
+        scores = {arch: self.inherit(arch)[1] for arch in archs}
+        best = max(archs, key=lambda arch: (scores[arch]["val_accuracy"], -scores[arch]["val_loss"]))
+        seconds = last.get("scoring_seconds", 0.0) + time.monotonic() - started
+        truth = self.ranks.look_up(best) if self.ranks is not None else {}
+        return {"arch": dict(best), **scores[best], **truth, "scoring_seconds": round(seconds, 3)}
+
+    def _record(self, epoch: int, means: Sequence[float], moved: bool) -> dict[str, Any]:
         """Return what is kept of an epoch: losses, probabilities, and the architecture they decode to."""
         entry: dict[str, Any] = {"epoch": epoch + 1, "train_loss": means[0], "train_accuracy": means[1]}
         entry["arch_loss"] = means[2] if moved else None
-        words = f"loss {means[0]:.3f}, accuracy {means[1]:.3f}"
         if self.logits:
             probabilities = self.probabilities
             try:
@@ -237,13 +265,10 @@ class SupernetTraining:
             entry["probabilities"] = {site: row.tolist() for site, row in probabilities.items()}
             entry["arch"] = dict(arch)
             entry["skips"] = count_skips(arch)
-            words += f", {entry['skips']} skips"
             if self.ranks is not None:
                 entry |= self.ranks.look_up(arch)
-                words += f", true rank {entry['rank']} of {entry['rank_of']}"
             if moved and getattr(self.strategy, "stop_eigenvalue", False):
                 entry["eigenvalue"] = self._eigenvalue(epoch)
-        bar.set_postfix_str(words)
         return entry
 
     def _eigenvalue(self, epoch: int) -> float:
@@ -387,6 +412,18 @@ def read_epochs(folder: Path | None) -> list[dict[str, Any]]:
     return json.loads(read(file, _FIELDS, _KIND)["epochs"])  # type: ignore[no-any-return]
 
 
+def _words(entry: Mapping[str, Any]) -> str:
+    """Return what a progress bar says of an epoch."""
+    words = f"loss {entry['train_loss']:.3f}, accuracy {entry['train_accuracy']:.3f}"
+    if "val_accuracy" in entry:
+        words += f", validation {entry['val_accuracy']:.3f}"
+    if "skips" in entry and count_operations(entry["arch"]):  # else there are no operations among the options
+        words += f", {entry['skips']} skips"
+    if "rank" in entry:
+        words += f", true rank {entry['rank']} of {entry['rank_of']}"
+    return words
+
+
 def count_skips(arch: Mapping[str, Any]) -> int:
     """Return the number of skip connections: in the normal cell, if there are several kinds of cell.
 
@@ -394,7 +431,7 @@ def count_skips(arch: Mapping[str, Any]) -> int:
         >>> count_skips({"normal2_op0": "skip_connect", "normal2_op1": "sep_conv_3x3", "reduce2_op0": "skip_connect"})
         1
     """
-    return sum(option in ("skip_connect", "identity") for option in _operations(arch))
+    return sum(option in SKIPS for option in _operations(arch))
 
 
 def count_operations(arch: Mapping[str, Any]) -> int:

@@ -25,6 +25,9 @@ from nasbench.strategies.relaxation import TRUE_OR_FALSE, Dirichlet, Gumbel, Rel
 from search_spaces.base import Arch, Choices, Mixture, SearchSpace, nearest
 from search_spaces.relaxed import FORMS
 
+SKIPS = {"skip_connect", "identity"}
+"""What options that are skip connections are called."""
+
 
 class OneShot(ABC):
     """How a supernet is trained and how architectures are then chosen: a frozen dataclass of settings.
@@ -58,6 +61,16 @@ class OneShot(ABC):
     @abstractmethod
     def mix(self, space: SearchSpace, logits: Mapping[str, Tensor], progress: float, rng: torch.Generator) -> Mixture:
         """Return the mixture of one forward; see `Relaxation.mix`."""
+
+    def candidates(self, space: SearchSpace, standing: Arch | None, rng: Random) -> list[Arch]:
+        """Return the architectures to score after an epoch: the best of them is what the search would choose now.
+
+        Args:
+            space: what the architectures are of.
+            standing: what the architecture weights decode to now; where there are none, the best of the epoch before.
+            rng: decides the draws.
+        """
+        return []
 
     @abstractmethod
     def proposer(self, decode: Callable[[], Arch]) -> Strategy:
@@ -115,6 +128,8 @@ class Differentiable(OneShot):
             relaxations that draw at random.
         form: "fast", or "textbook": one operation after the other.
         recompute: keep no activations inside of cells, but compute them again in the backward pass.
+        anytime: after every epoch, score the architecture that is decoded, with the weights it shares. It costs a
+            forward pass of its network over the validation images, and one over up to 2,048 training images.
 
     Raises:
         SettingError: a value out of range, or second order with random draws.
@@ -137,6 +152,7 @@ class Differentiable(OneShot):
     stop_eigenvalue: bool = False
     form: str = "fast"
     recompute: bool = False
+    anytime: bool = True
     trials: int = field(default=1, init=False)
     many_objectives = True
 
@@ -151,7 +167,7 @@ class Differentiable(OneShot):
             arch_start=(lambda v: is_number(v) and 0 <= v < 1, "a share of the epochs, 0 or more and below 1"),
             partial_channels=(lambda v: type(v) is int and v >= 1, "a whole number, 1 or more"),
             stop_skips=(lambda v: v is None or (type(v) is int and v >= 1), "a whole number, 1 or more, or None"),
-            **dict.fromkeys(("second_order", "edge_weights", "stop_eigenvalue", "recompute"), TRUE_OR_FALSE),
+            **dict.fromkeys(("second_order", "edge_weights", "stop_eigenvalue", "recompute", "anytime"), TRUE_OR_FALSE),
         )
         if self.stop_eigenvalue and self.relaxation.sampled:
             raise SettingError(
@@ -172,6 +188,11 @@ class Differentiable(OneShot):
                 f"strategy {self.name!r} learns a weight for every edge, but {type(space).__name__} has no edge sites. "
                 "Use edge_weights=False, or a space of cells such as DARTS."
             )
+        if self.stop_skips is not None and not any(SKIPS & {*options} for options in space.choices.values()):
+            raise SettingError(
+                f"strategy {self.name!r} counts skip connections for stop_skips={self.stop_skips}, but "
+                f"{type(space).__name__} has none among its options. Leave stop_skips out."
+            )
         return {**space.sites, **(space.edge_sites if self.edge_weights else {})}
 
     @property
@@ -190,6 +211,9 @@ class Differentiable(OneShot):
     def mix(self, space: SearchSpace, logits: Mapping[str, Tensor], progress: float, rng: torch.Generator) -> Mixture:
         return self.relaxation.mix(logits, progress, rng)
 
+    def candidates(self, space: SearchSpace, standing: Arch | None, rng: Random) -> list[Arch]:
+        return [standing] if self.anytime and standing is not None else []
+
     def proposer(self, decode: Callable[[], Arch]) -> Strategy:
         return Decoded(decode)
 
@@ -205,6 +229,10 @@ class SinglePath(OneShot):
         recipe: how weights are trained.
         population, parents, mutation: of the evolution that follows; see `TopEvolution`.
         recompute: keep no activations inside of cells, but compute them again in the backward pass.
+        anytime: after every epoch, how many newcomers meet the best architecture of the epoch before: half of them its
+            mutations by one decision, half drawn uniformly, in the first epoch all. The best of them is recorded, and
+            the evolution afterwards knows nothing of it. Each of the 1 + `anytime` costs a forward pass over the
+            validation images, and one over up to 2,048 training images. 0: none.
 
     Source: Guo et al., Single Path One-Shot Neural Architecture Search with Uniform Sampling, ECCV 2020,
     arXiv:1904.00420.
@@ -216,10 +244,16 @@ class SinglePath(OneShot):
     parents: int = 10
     mutation: float = 0.1
     recompute: bool = False
+    anytime: int = 4
     trials: int = field(default=1000, init=False)
 
     def __post_init__(self) -> None:
-        check_settings(f"strategy {self.name!r}", self, recompute=TRUE_OR_FALSE)
+        check_settings(
+            f"strategy {self.name!r}",
+            self,
+            recompute=TRUE_OR_FALSE,
+            anytime=(lambda v: type(v) is int and v >= 0, "a number of newcomers, a whole number, 0 or more"),
+        )
         TopEvolution(self.population, self.parents, self.mutation)  # says what is wrong with them
 
     def sites(self, space: SearchSpace) -> Choices:
@@ -230,6 +264,19 @@ class SinglePath(OneShot):
 
     def mix(self, space: SearchSpace, logits: Mapping[str, Tensor], progress: float, rng: torch.Generator) -> Mixture:
         return space.one_hot(space.sample(Random(int(torch.randint(2**62, (), generator=rng)))))
+
+    def candidates(self, space: SearchSpace, standing: Arch | None, rng: Random) -> list[Arch]:
+        if not self.anytime:
+            return []
+        found = [] if standing is None else [standing]
+        for i in range(self.anytime):
+            mutate = standing is not None and space.size > 1 and not i % 2
+            for _ in range(50):  # none is scored twice, unless the space is too small
+                newcomer = space.mutate(found[0], rng) if mutate else space.sample(rng)
+                if newcomer not in found:
+                    found.append(newcomer)
+                    break
+        return found
 
     def proposer(self, decode: Callable[[], Arch]) -> Strategy:
         return TopEvolution(self.population, self.parents, self.mutation)

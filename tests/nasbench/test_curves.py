@@ -125,6 +125,34 @@ def test_rank_losses_and_eigenvalue_are_drawn_where_they_are_known() -> None:
     assert panels["training loss"].get_legend() is not None
 
 
+def test_the_accuracy_of_the_choice_has_a_row_of_its_own_with_dots_where_it_changed() -> None:
+    archs = [{"e01": "none"}, {"e01": "none"}, {"e01": "skip_connect"}, {"e01": "skip_connect"}]
+    scores = {"val_accuracy": [0.2, 0.5, 0.45, 0.6], "arch": archs, "train_loss": [2.0, 1.5, 1.2, 1.0]}
+    figure = draw_epochs(searched(CELL, **scores))
+    panels = titled(figure)
+    title = "validation accuracy of the choice, with shared weights; dots: it changed"
+    assert list(panels)[6:] == [title, "training loss"]
+    axes = panels[title]
+    line, dots = axes.lines
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2, 3, 4], [0.2, 0.5, 0.45, 0.6])
+    assert (list(dots.get_xdata()), list(dots.get_ydata())) == ([1, 3], [0.2, 0.45])
+    low, high = axes.get_ylim()
+    assert 0 < low < 0.2
+    assert 0.6 < high < 0.7
+    assert [text.get_text() for text in axes.texts] == ["60.0%"]
+    found = [a.get_tightbbox() for a in figure.axes]
+    assert not [1 for i, a in enumerate(found) for b in found[:i] if a and b and a.padded(-1).overlaps(b)]
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.0, 0.0], [1.0, 1.0], [None, 0.9]])
+def test_any_accuracies_of_the_choice_are_drawn(values: list[float | None]) -> None:
+    epochs = [{"epoch": i, "val_accuracy": value} for i, value in enumerate(values, start=1)]
+    (axes,) = draw_epochs(SearchResult(CELL, {"val_accuracy": "maximize"}, [], epochs=epochs)).axes
+    axes.figure.canvas.draw()
+    low, high = axes.get_ylim()
+    assert low < min(v for v in values if v is not None) <= max(v for v in values if v is not None) < high <= 1.02
+
+
 @pytest.mark.parametrize(
     ("weights", "architecture", "top"),
     [

@@ -58,6 +58,7 @@ def test_two_processes_train_one_supernet(tmp_path: Path) -> None:
     settings = ("--strategy", "darts", "--epochs", "2", "--set", "batch_size=20")
     result = check_search(tmp_path, both_ranks(tmp_path, *settings), trials=1)
     assert [epoch["epoch"] for epoch in result.epochs] == [1, 2]
+    assert result.epochs[-1]["val_accuracy"] == result.best.metrics["val_accuracy"]  # rank 0 scores while 1 waits
     again = both_ranks(tmp_path, *settings)  # a finished search returns at once on all ranks
     assert [status for status, *_ in again] == [0, 0], again
 

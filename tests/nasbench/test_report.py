@@ -437,6 +437,10 @@ def test_the_page_says_what_the_supernet_cost(tmp_path: Path) -> None:
     assert "Training the supernet took 2 min.Evaluating took 2.5 s." in page_of(one_shot(), tmp_path).text
     text = page_of(one_shot(2), tmp_path).text
     assert "Training the supernet took 2 min.Evaluating took 5.0 s in all, 2.5 s for the median trial" in text
+    scored = one_shot()
+    scored.epochs[-1]["scoring_seconds"] = 12.0
+    said = "Training the supernet took 2 min, 12.0 s of it for scoring its choice after every epoch."
+    assert said in page_of(scored, tmp_path).text
     unknown = one_shot()
     for epoch in unknown.epochs:
         del epoch["seconds"]

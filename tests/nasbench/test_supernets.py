@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import nasbench as nb
 from nasbench import supernets
 from nasbench.errors import CheckpointError, DataError, ResumeError, SettingError, TrainingDiverged
 from nasbench.memory import step_bytes
+from nasbench.ranks import Ranks
 from nasbench.shared_weights import SupernetObjective
 from nasbench.strategies import ONE_SHOT
 from nasbench.supernets import SupernetTraining, count_operations, count_skips, read_epochs
@@ -49,10 +51,8 @@ def numbers(training: SupernetTraining) -> list[torch.Tensor]:
 
 
 def same(a: SupernetTraining, b: SupernetTraining) -> bool:
-    plain = [{k: v for k, v in e.items() if k != "seconds"} for e in a.epochs]
-    return all(torch.equal(x, y) for x, y in zip(numbers(a), numbers(b), strict=True)) and plain == [
-        {k: v for k, v in e.items() if k != "seconds"} for e in b.epochs
-    ]
+    plain = [[{k: v for k, v in e.items() if "seconds" not in k} for e in training.epochs] for training in (a, b)]
+    return plain[0] == plain[1] and all(torch.equal(x, y) for x, y in zip(numbers(a), numbers(b), strict=True))
 
 
 # The search ----------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_a_search_decodes_one_architecture_and_keeps_its_weights(name: str, data
     assert [e["epoch"] for e in result.epochs] == [1, 2]
     last = result.epochs[-1]
     assert last["arch"] == dict(trial.arch)
-    assert last["rank"] == trial.metrics["rank"]
+    assert (last["rank"], last["val_accuracy"]) == (trial.metrics["rank"], trial.metrics["val_accuracy"])
     assert last["rank_of"] == len(table)
     assert set(result.space.sites) <= set(last["probabilities"])
     assert (Path("runs/s") / "report.html").exists()
@@ -88,7 +88,7 @@ def test_single_path_searches_by_evolution_with_shared_weights(data: nb.Data) ->
     assert len({trial.arch for trial in result.complete}) == 12
     best = result.best
     assert nb.validate(best.build(), data)["val_accuracy"] == pytest.approx(best.metrics["val_accuracy"])
-    assert [set(e) & {"arch", "probabilities"} for e in result.epochs] == [set(), set()]
+    assert [set(e) & {"arch", "probabilities"} for e in result.epochs] == [{"arch"}, {"arch"}]
     weights = sorted(Path("runs/s/trials").glob("*/weights.safetensors"))
     assert len(weights) == 1
 
@@ -125,6 +125,63 @@ def test_second_order_searches(data: nb.Data) -> None:
         nb.search(SPACE, data, "darts", second_order=True, hessian=h, study=h, **SMALL) for h in ("finite", "exact")
     )
     assert finite.epochs[-1]["probabilities"] != exact.epochs[-1]["probabilities"]
+
+
+# Any time ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "off"), [("gdas", False), ("spos", 0)])
+def test_scoring_changes_nothing_of_the_training(name: str, off: Any, data: nb.Data) -> None:
+    scored, plain = trained(data, name), trained(data, name, anytime=off)
+    for training in (scored, plain):
+        training.run(progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(numbers(scored), numbers(plain), strict=True))
+    for with_scores, without in zip(scored.epochs, plain.epochs, strict=True):
+        more = {"val_accuracy", "val_loss", "scoring_seconds"} | ({"arch"} if name == "spos" else set())
+        assert set(with_scores) - set(without) == more
+        assert all(with_scores[k] == v for k, v in without.items() if k != "seconds")
+        assert 0 < with_scores["scoring_seconds"] < with_scores["seconds"]
+    assert scored.epochs[0]["scoring_seconds"] < scored.epochs[1]["scoring_seconds"]
+
+
+def test_the_score_is_that_of_a_trial(data: nb.Data) -> None:
+    training = trained(data)
+    training.run(progress=False)
+    network = training.supernet.extract(training.arch)
+    nb.recalibrate(network, data, batch_size=32)  # all training images, though a half of them trained the weights
+    last = training.epochs[-1]
+    assert nb.validate(network, data) == {name: last[name] for name in ("val_accuracy", "val_loss")}
+
+
+def test_single_paths_choose_the_best_of_newcomers_and_the_last_choice(
+    data: nb.Data, monkeypatch: pytest.MonkeyPatch, table: nb.Table
+) -> None:
+    space, spos = SPACE.bind(data), ONE_SHOT["spos"].replace(anytime=3)
+    ranks = Ranks(space, table, "test_accuracy")
+    recipe = spos.recipe.replace(epochs=4, batch_size=32)
+    training = SupernetTraining(space, data, spos, recipe, ranks=ranks)
+    rounds: list[list[Any]] = [[], [], [], []]
+
+    def inherit(self: SupernetTraining, arch: Any) -> Any:
+        rounds[len(self.epochs)].append(arch)
+        return None, {"val_accuracy": list(arch.values()).count("nor_conv_3x3") / 6, "val_loss": 1.0}
+
+    monkeypatch.setattr(SupernetTraining, "inherit", inherit)
+    training.run(progress=False)
+    choices = [space.check(entry["arch"]) for entry in training.epochs]
+    assert [len({*archs}) for archs in rounds] == [3, 4, 4, 4]
+    assert [archs[0] for archs in rounds[1:]] == choices[:-1]
+    for entry, choice, archs in zip(training.epochs, choices, rounds, strict=True):
+        scores = [list(arch.values()).count("nor_conv_3x3") for arch in archs]
+        assert choice == archs[scores.index(max(scores))]  # of equal ones the one that stands
+        assert entry["rank"] == ranks.look_up(choice)["rank"]
+    with pytest.raises(SettingError, match="has decoded no architecture"):
+        _ = training.arch
+
+
+def test_the_bar_says_how_good_the_choice_is(data: nb.Data, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(data, "spos").run()
+    assert re.search(r"loss \d\.\d{3}, accuracy 0\.\d{3}, validation 0\.\d{3}", capsys.readouterr().err)
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------
@@ -190,6 +247,7 @@ nb.search(NASBench201(channels=4, cells=1), data, "gdas", study="s", epochs=12, 
         ({"arch_lr": 0.5}, "arch_lr is 0.0003 there and 0.5 here"),
         ({"lr": 0.5}, "lr is 0.025 there and 0.5 here"),
         ({"partial_channels": 2}, "supernet is"),
+        ({"anytime": False}, "anytime is True there and False here"),
     ],
 )
 def test_a_checkpoint_of_another_supernet_is_refused(
@@ -388,6 +446,56 @@ def test_one_shot_needs_images_and_a_supernet(data: nb.Data, table: nb.Table) ->
     assert not Path("runs").exists()
     with pytest.raises(SettingError, match="'darts' trains a supernet, and nothing is trained here"):
         nb.compare(["darts"], SPACE, table)
+
+
+class Plain(NASBench201):
+    """A space whose supernet takes one setting, and whose options are numbers."""
+
+    def supernet(self, *, recompute: bool = False) -> Any:
+        return super().supernet(recompute=recompute)
+
+
+class Numbers(Plain):
+    @property
+    def choices(self) -> Any:
+        return {"width": (8, 16)}
+
+
+class Anything(NASBench201):
+    def supernet(self, **settings: Any) -> Any:
+        return super().supernet()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"partial_channels": 2},
+            "strategy 'darts' sets partial_channels=2, which the supernet of Plain does not take: it takes recompute. "
+            "Leave it out, or use partial_channels=1.",
+        ),
+        ({"form": "textbook"}, "strategy 'darts' sets form='textbook', .* Leave it out, or use form='fast'."),
+        ({"strategy": "pcdarts", "edge_weights": False}, "strategy 'pcdarts' sets partial_channels=4, which .* Plain"),
+    ],
+)
+def test_a_setting_that_a_supernet_does_not_take_is_refused(
+    settings: dict[str, Any], message: str, data: nb.Data
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        nb.search(Plain(channels=4, cells=1), data, **{"strategy": "darts", **SMALL, **settings})
+    assert not Path("runs").exists()
+
+
+def test_a_setting_that_a_supernet_takes_reaches_it(data: nb.Data) -> None:
+    for space, settings in ((Plain, {"recompute": True}), (Anything, {"partial_channels": 2})):
+        strategy = ONE_SHOT["darts"].replace(**settings)
+        SupernetObjective(space(channels=4, cells=1).bind(data), data, strategy, strategy.recipe)
+
+
+def test_stop_skips_without_skips_is_refused(data: nb.Data) -> None:
+    with pytest.raises(SettingError, match="counts skip connections for stop_skips=2, but Numbers has none among"):
+        nb.search(Numbers(channels=4, cells=1), data, "darts", stop_skips=2, **SMALL)
+    assert not Path("runs").exists()
 
 
 def test_a_step_that_does_not_fit_is_refused_before_it_is_made(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:

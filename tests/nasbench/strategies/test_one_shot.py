@@ -89,6 +89,9 @@ def test_published_numbers_are_the_defaults() -> None:
         ("darts", {"form": "slow"}, "form='slow'"),
         ("spos", {"population": 1}, "population=1 and parents=10"),
         ("spos", {"mutation": 0}, "mutation=0"),
+        ("darts", {"anytime": 2}, "anytime=2, but it must be True or False"),
+        ("spos", {"anytime": True}, "anytime=True, but it must be a number of newcomers, a whole number, 0 or more"),
+        ("spos", {"anytime": -1}, "anytime=-1, but it must be a number of newcomers"),
         ("dart", {}, "no strategy is called 'dart'; did you mean 'darts'"),
     ],
 )
@@ -100,6 +103,40 @@ def test_bad_settings(name: str, settings: dict[str, Any], message: str) -> None
 def test_edge_weights_need_edge_sites() -> None:
     with pytest.raises(SettingError, match="ResNet has no edge sites"):
         ONE_SHOT["pcdarts"].sites(ResNet())
+
+
+def test_stop_skips_needs_skip_connections() -> None:
+    with pytest.raises(SettingError, match="stop_skips=2, but ResNet has none among its options. Leave stop_skips out"):
+        make("darts", stop_skips=2).sites(ResNet())
+    assert make("darts", stop_skips=2).sites(SPACE) == SPACE.sites
+
+
+def test_what_was_decoded_is_the_only_candidate() -> None:
+    darts = ONE_SHOT["darts"]
+    assert darts.candidates(SPACE, SPACE.at(7), Random(0)) == [SPACE.at(7)]
+    assert darts.replace(anytime=False).candidates(SPACE, SPACE.at(7), Random(0)) == []
+
+
+def test_newcomers_are_drawn_at_first_and_half_of_them_mutations_afterwards() -> None:
+    spos, standing = ONE_SHOT["spos"], SPACE.at(7)
+    assert spos.candidates(SPACE, None, Random(1)) == [SPACE.sample(rng) for rng in [Random(1)] for _ in range(4)]
+    first, *newcomers = spos.candidates(SPACE, standing, Random(1))
+    assert first == standing
+    changed = [sum(arch[d] != standing[d] for d in SPACE.choices) for arch in newcomers]
+    assert (changed[0], changed[2]) == (1, 1)
+    assert min(changed[1], changed[3]) > 1
+    assert spos.candidates(SPACE, standing, Random(1)) == [first, *newcomers]
+    assert spos.replace(anytime=0).candidates(SPACE, standing, Random(1)) == []
+
+
+def test_a_space_of_one_architecture_has_one_candidate() -> None:
+    class One(NASBench201):
+        @property
+        def choices(self) -> Any:
+            return {"e01": ("none",)}
+
+    space = One()
+    assert ONE_SHOT["spos"].candidates(space, space.at(0), Random(0)) == [space.at(0)]
 
 
 def test_single_paths_are_uniform_legal_and_known_on_the_host() -> None:
