@@ -8,39 +8,55 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from search_spaces.base import Arch, ArchError, Mixture, SearchSpace, Supernet, nearest
     from search_spaces.cells import Genotype
+    from search_spaces.conv_macro import ConvMacro
     from search_spaces.darts import DARTS
+    from search_spaces.gpt import GPT
+    from search_spaces.mobilenet import MobileNetV3
     from search_spaces.nasbench201 import NASBench201
     from search_spaces.nasnet import NASNet
     from search_spaces.resnet import ResNet
+    from search_spaces.vit import ViT
 
 __all__ = [
     "DARTS",
+    "GPT",
     "SPACES",
     "Arch",
     "ArchError",
+    "ConvMacro",
     "Genotype",
     "Mixture",
+    "MobileNetV3",
     "NASBench201",
     "NASNet",
     "ResNet",
     "SearchSpace",
     "Supernet",
+    "ViT",
     "nearest",
     "space",
 ]
 
 SPACES = {  # name on the command line -> module:class
+    "conv_macro": "search_spaces.conv_macro:ConvMacro",
     "darts": "search_spaces.darts:DARTS",
+    "gpt": "search_spaces.gpt:GPT",
+    "mobilenet": "search_spaces.mobilenet:MobileNetV3",
     "nasbench201": "search_spaces.nasbench201:NASBench201",
     "nasnet": "search_spaces.nasnet:NASNet",
     "resnet": "search_spaces.resnet:ResNet",
+    "vit": "search_spaces.vit:ViT",
 }
 _HOMES = dict.fromkeys(("Arch", "ArchError", "Mixture", "SearchSpace", "Supernet", "nearest"), "search_spaces.base") | {
+    "ConvMacro": "search_spaces.conv_macro",
     "DARTS": "search_spaces.darts",
+    "GPT": "search_spaces.gpt",
     "Genotype": "search_spaces.cells",
+    "MobileNetV3": "search_spaces.mobilenet",
     "NASBench201": "search_spaces.nasbench201",
     "NASNet": "search_spaces.nasnet",
     "ResNet": "search_spaces.resnet",
+    "ViT": "search_spaces.vit",
 }
 
 

@@ -72,8 +72,10 @@ class ConvBN(nn.Sequential):
         torch.Size([2, 8, 5, 5])
     """
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, affine: bool = True) -> None:
-        conv = nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2, bias=False)
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int, stride: int = 1, affine: bool = True, groups: int = 1
+    ) -> None:
+        conv = nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
         super().__init__(OrderedDict(conv=conv, norm=nn.BatchNorm2d(c_out, affine=affine)))
 
 

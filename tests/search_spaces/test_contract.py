@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import search_spaces
@@ -23,17 +23,36 @@ from search_spaces import SPACES, ArchError, SearchSpace, space
 
 # Small settings, where the default network is large.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "conv_macro": {"widths": (4, 8)},
     "darts": {"channels": 4, "cells": 3},
+    "gpt": {"widths": (8, 16), "depths": (1, 2), "heads": (1, 2), "ratios": (1, 2)},
+    "mobilenet": {"depths": (1, 2), "width": 0.25, "stem": "cifar"},
     "nasbench201": {"channels": 4, "cells": 1},
     "nasnet": {"filters": 4, "repeats": 1},
     "resnet": {"depths": (1, 2), "widths": (4, 8)},
+    "vit": {"widths": (8, 16), "heads": (1, 2), "ratios": (1.5, 2.0), "depths": (1, 2), "head_dim": 4},
 }
-DATA = SimpleNamespace(classes=5, channels=2)
+IMAGES = SimpleNamespace(classes=5, channels=2, height=8, width=8)
+TEXTS = SimpleNamespace(classes=5, context=8)
+
+
+def data(bound: SearchSpace) -> SimpleNamespace:
+    """What the space's networks read."""
+    return TEXTS if hasattr(bound, "context") else IMAGES
+
+
+def example(bound: SearchSpace, batch: int) -> tuple[Tensor, torch.Size]:
+    """Return inputs of the space's networks, and the shape of the logits for them."""
+    generator = torch.Generator().manual_seed(0)
+    if data(bound) is TEXTS:
+        return torch.randint(5, (batch, 8), generator=generator), torch.Size((batch, 5, 8))
+    return torch.randn(batch, 2, 8, 8, generator=generator), torch.Size((batch, 5))
 
 
 @pytest.fixture(params=SPACES)
 def bound(request: pytest.FixtureRequest) -> SearchSpace:
-    return space(request.param, **SETTINGS.get(request.param, {})).bind(DATA)
+    unbound = space(request.param, **SETTINGS.get(request.param, {}))
+    return unbound.bind(data(unbound))
 
 
 def test_defaults_need_no_settings() -> None:
@@ -106,14 +125,13 @@ def test_graph_leads_from_input_to_output(bound: SearchSpace) -> None:
     assert all(isinstance(label, str) for _, _, label in graph)
 
 
-def _step(model: nn.Module) -> float:
-    """Train one step on fixed images and return the loss."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(6, 2, 8, 8, generator=generator)
-    y = torch.randint(5, (6,), generator=generator)
+def _step(model: nn.Module, bound: SearchSpace) -> float:
+    """Train one step on fixed inputs and return the loss."""
+    x, shape = example(bound, 6)
+    y = torch.randint(5, (6, *shape[2:]), generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     logits = model(x)
-    assert logits.shape == (6, 5)
+    assert logits.shape == shape
     loss = F.cross_entropy(logits, y)
     loss.backward()
     optimizer.step()
@@ -126,9 +144,9 @@ def test_networks_train_a_step(bound: SearchSpace) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = bound.build(arch)
-        first = _step(model)
+        first = _step(model, bound)
         assert first > 0
-        assert _step(model) < first  # the same batch again
+        assert _step(model, bound) < first  # the same batch again
 
 
 def test_networks_are_fresh_and_repeat_under_a_seed(bound: SearchSpace) -> None:
@@ -144,7 +162,7 @@ def test_networks_are_fresh_and_repeat_under_a_seed(bound: SearchSpace) -> None:
 
 
 def test_networks_can_be_copied_traced_and_built_without_memory(bound: SearchSpace) -> None:
-    x = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    x, shape = example(bound, 2)
     for arch in (bound.sample(Random(seed)) for seed in range(4)):
         model = bound.build(arch).eval()
         expected = model(x)
@@ -153,7 +171,7 @@ def test_networks_can_be_copied_traced_and_built_without_memory(bound: SearchSpa
         with torch.device("meta"):
             meta = bound.build(arch)
         assert [p.shape for p in meta.parameters()] == [p.shape for p in model.parameters()]
-        assert meta(x.to("meta")).shape == (2, 5)
+        assert meta(x.to("meta")).shape == shape
 
 
 def test_top_level_children_have_the_same_names_in_all_networks(bound: SearchSpace) -> None:
@@ -169,7 +187,8 @@ def test_build_refuses_other_archs_and_unbound_spaces(bound: SearchSpace) -> Non
         bound.build(type(arch)({}))
     with pytest.raises(ArchError, match="has no decision 'extra'"):
         bound.build(arch | {"extra": 1})
-    with pytest.raises(ArchError, match="does not know classes and in_channels yet"):
+    known = "classes and context" if data(bound) is TEXTS else "classes and in_channels"
+    with pytest.raises(ArchError, match=f"does not know {known} yet"):
         type(bound)().build(type(bound)().at(0))
 
 
@@ -178,9 +197,9 @@ def test_spaces_are_values(bound: SearchSpace) -> None:
     assert twin == bound
     assert hash(twin) == hash(bound)
     assert pickle.loads(pickle.dumps(bound)) == bound  # noqa: S301 - our own bytes
-    assert bound.bind(DATA) == bound
+    assert bound.bind(data(bound)) == bound
     with pytest.raises(ArchError, match="was made with classes=5, the data has 6"):
-        bound.bind(SimpleNamespace(classes=6, channels=2))
+        bound.bind(SimpleNamespace(**vars(data(bound)) | {"classes": 6}))
 
 
 def test_fingerprints_differ_between_spaces() -> None:
