@@ -22,8 +22,9 @@ def step_bytes(
 ) -> int:
     """Return the predicted peak memory of a training step, beyond the weights that are there already.
 
-    The step is made for two and for four inputs while every tensor alive is counted; what the larger one takes more
-    tells what an input takes. Buffers are put back and gradients dropped; a step must change no more.
+    The step is made for two and for four inputs while every tensor alive is counted, after every operator: what the
+    larger one takes more tells what an input takes at that moment. (The peak of many inputs comes at another moment
+    than that of few.) Buffers are put back and gradients dropped; a step must change no more.
 
     Args:
         supernet: what is trained.
@@ -40,32 +41,32 @@ def step_bytes(
     """
     buffers = [buffer.clone() for buffer in supernet.buffers()]
     try:
-        few, more = (_peak(supernet, step, shape, count) for count in (_FEW, 2 * _FEW))
+        few, more = (alive_bytes(supernet, step, shape, count) for count in (_FEW, 2 * _FEW))
     finally:
         for buffer, kept in zip(supernet.buffers(), buffers, strict=True):
             buffer.copy_(kept)
         for parameter in supernet.parameters():
             parameter.grad = None
     weights = sum(p.numel() * p.element_size() for p in supernet.parameters())
-    return round(optimizer_buffers * weights + few + (more - few) / _FEW * (batch_size - _FEW))
+    if len(few) != len(more):  # other operators for other numbers of inputs: only their peaks compare
+        few, more = [max(few)], [max(more)]
+    peak = max(a + (b - a) / _FEW * (batch_size - _FEW) for a, b in zip(few, more, strict=True))
+    return round(optimizer_buffers * weights + peak)
 
 
-def _peak(supernet: nn.Module, step: Callable[[Tensor, Tensor], object], shape: tuple[int, ...], count: int) -> int:
-    """Return the most bytes alive at once in a step of so many inputs, gradients included."""
+def alive_bytes(
+    supernet: nn.Module, step: Callable[[Tensor, Tensor], object], shape: tuple[int, ...], count: int
+) -> list[int]:
+    """Return how many bytes are alive after each operator of a step of so many inputs, gradients included."""
     device = next(supernet.parameters()).device
     x = zeros(count, shape, device, channels_last=True)
     y = torch.zeros((count, *shape) if len(shape) == 1 else count, dtype=torch.long, device=device)
     for parameter in supernet.parameters():
         parameter.grad = None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step(x, y)
-        return int(torch.cuda.max_memory_allocated(device) - before)
     watch = Watch(x)
     with watch:
         step(x, y)
-    return watch.peak
+    return watch.sums
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -269,6 +269,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, x: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.uncounted: set[str] = set()
+        self.sums: list[int] = []  # bytes alive after each operator
         self._alive: dict[int, int] = {}
         self._sum = self.peak = 0
         self._count(_storages(x).values())
@@ -281,6 +282,7 @@ class Watch(TorchDispatchMode):
             self.uncounted.add(name)
         given = _storages(args, kwargs)  # a view or an in-place result is no new memory
         self._count(storage for key, storage in _storages(out).items() if key not in given)
+        self.sums.append(self._sum)
         return out
 
     def _count(self, storages: Iterable[UntypedStorage]) -> None:

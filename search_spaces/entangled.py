@@ -352,8 +352,9 @@ class EntangledLayerNorm(nn.LayerNorm):
         """Return the norm of (..., span.size) inputs.
 
         Args:
-            mean: divide every entry by its weight: the mean over the sizes that have it, for a layer behind that
-                weighs the axis itself, jointly with its own.
+            mean: divide every entry by its weight: the weighted mean over the sizes that have it, for a layer behind
+                that weighs the axis itself, jointly with its own. Of an entry whose sizes all weigh nothing it is their
+                plain mean: the layer behind weighs it with zero, but can be asked what it would add.
         """
         gain, shift = _first(self.weight, span.size), _first(self.bias, span.size)
         if len(span.sizes) == 1:
@@ -363,15 +364,15 @@ class EntangledLayerNorm(nn.LayerNorm):
         share = span.weights[:, None] * span.stairs  # what each size adds to the weight of every entry
         total = share.sum(0)
         if mean:
-            used = total > 0
-            share = torch.where(used, share / torch.where(used, total, 1.0), 0.0)
-            total = used.to(share.dtype)
-        # The sum over sizes of share * (x - mean) / deviation is x times a matrix, less another: both of rank K.
-        moments = [torch.var_mean(x[..., :size], -1, correction=0, keepdim=True) for size in span.sizes]
-        scale = (torch.cat([variance for variance, _ in moments], -1) + self.eps).rsqrt()
-        shares = share * gain
-        offset = shift * total - (scale * torch.cat([mean for _, mean in moments], -1)) @ shares
-        return torch.addcmul(offset, x, scale @ shares)
+            reach, used = span.stairs / span.stairs.sum(0), total > 0
+            share = torch.where(used, share / torch.where(used, total, 1.0), reach)
+            total = torch.ones_like(total)
+        shares, shift = share * gain, shift * total
+        out = F.layer_norm(x, (span.size,), shares[-1], shift, self.eps)
+        for size, weight in zip(span.sizes[:-1], shares, strict=False):
+            y = F.layer_norm(x[..., :size], (size,), weight[:size], eps=self.eps)
+            out = out + F.pad(y, (0, span.size - size))
+        return out
 
 
 class EntangledEmbedding(nn.Embedding):
@@ -436,11 +437,16 @@ class EntangledAttention(nn.Module):
             q, k, v = (layer(x, inner.plain, width.plain) for layer in (self.query, self.key, self.value))
             y = attend(q, k, v, heads.size, self.causal)
             return self._projected(y, width, inner)
-        q, k, v = (layer(x, width.plain, width.plain) for layer in (self.query, self.key, self.value))
         total: Tensor | None = None
         for size, by_width in zip(width.sizes, width.weights, strict=True):
+            # Each width reads its own features alone: of a wider one, which may weigh next to nothing, it has none.
+            own = _first(x, size, -1)
+            q, k, v = (
+                F.linear(own, _first(_first(layer.weight, size), size, 1), _first(layer.bias, size))
+                for layer in (self.query, self.key, self.value)
+            )
             for count, by_heads in zip(heads.sizes, heads.weights, strict=True):
-                y = attend(q[..., :size], k[..., :size], v[..., :size], count, self.causal)
+                y = attend(q, k, v, count, self.causal)
                 y = F.pad(y * (by_width * by_heads), (0, width.size - size))
                 total = y if total is None else total + y
         assert total is not None

@@ -49,9 +49,8 @@ class GPT(TransformerSpace):
         >>> space.build(arch)(torch.zeros(2, 16, dtype=torch.int64)).shape
         torch.Size([2, 65, 16])
 
-    Source: see the module. Its authors choose heads and ratios per block in code that goes with the paper. No dropout,
-    and the weights in front of a shortcut are not drawn smaller in deeper networks, as GPT-2's are: their depth is
-    open in a supernet.
+    Source: the options of the paper (see the module); each block has its own heads and ratio. There is no dropout, and
+    layers in front of a shortcut do not begin smaller in deeper networks, as GPT-2's do: a supernet has all depths.
     """
 
     widths: tuple[int, ...] = (96, 192, 384)

@@ -53,8 +53,9 @@ class ViT(TransformerSpace):
         (320, 384, 448)
 
     Source: Chen et al. 2021, table 1. Its class token is seen by the others but not read by the head, as in the
-    authors' commands (``--gp``). They add relative position embeddings to keys and values; ours has none, so the widest
-    of depth 12 with 3 heads and a ratio of 4 is DeiT-Ti at width 192. They sample one path a step; so does ``"spos"``.
+    authors' commands (``--gp``). They add relative position embeddings to keys and values; ours has none, so 12 blocks
+    of width 192, 3 heads and a ratio of 4 have the parameters of DeiT-Ti. They train one sampled path a step, which is
+    ``strategy="spos"``.
     """
 
     widths: tuple[int, ...] = (192, 216, 240)

@@ -144,7 +144,7 @@ def test_a_layer_norm_of_one_option_has_the_statistics_of_its_width() -> None:
             assert torch.equal(norm(x[..., :size], spans_of(drawn(chosen))["out"], mean), expected)
             whole = norm(x, spans_of(dense(chosen))["out"], mean)
             assert (whole[..., :size] - expected).abs().max() < 1e-5
-            assert not whole[..., size:].any()
+            assert mean or not whole[..., size:].any()
     masked = F.layer_norm(x, (8,), norm.weight, norm.bias)[..., :4]  # statistics over all widths, as often published
     assert (masked - F.layer_norm(x[..., :4], (4,), norm.weight[:4], norm.bias[:4])).abs().max() > 0.5
 
@@ -208,7 +208,7 @@ def test_a_mixed_layer_norm_is_the_mixture_of_layer_norms() -> None:
     assert (norm(x, span, mean=True) * span.mask - expected).abs().max() < 1e-12
 
 
-def test_a_mean_has_finite_gradients_where_no_size_reaches() -> None:
+def test_a_mean_is_defined_where_nothing_weighs() -> None:
     norm, x = EntangledLayerNorm(8), torch.randn(2, 5, 8, requires_grad=True)
     weights = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
     norm(x, AXES["out"](Mixture({"out": weights}), "out"), mean=True).square().sum().backward()

@@ -163,6 +163,16 @@ def test_the_straight_through_sample_is_the_path_and_has_all_gradients(space: Se
 
 
 @pytest.mark.parametrize("space", SPACES)
+def test_an_option_of_little_weight_changes_little(space: SearchSpace) -> None:
+    supernet, x, one = spread(space).double(), inputs(space, dtype=torch.double), space.one_hot(space.at(0))
+    before = supernet(x, dense(one))
+    for site, row in one.items():
+        if site[-1] not in "12":  # of blocks that are not there
+            after = supernet(x, Mixture({**one, site: row + 1e-7 * torch.ones(len(row)).double()}))
+            assert 0 < (after - before).abs().max() < 1e-4 * before.abs().max()
+
+
+@pytest.mark.parametrize("space", SPACES)
 def test_recomputation_changes_nothing_but_memory(space: SearchSpace) -> None:
     supernet, x = spread(space), inputs(space)
     again = space.supernet(recompute=True)
@@ -283,6 +293,21 @@ def test_mixed_heads_are_the_mixed_outputs_of_plain_attentions(head_dim: int | N
         plain.load_state_dict({n: large[n][tuple(map(slice, p.shape))] for n, p in plain.named_parameters()})
         expected = expected + weight * plain(x)
     assert (found - expected).abs().max() < 1e-6
+
+
+def test_mixed_widths_and_heads_are_the_mixed_outputs_of_pairs() -> None:
+    widths, heads = (4, 8), (1, 2)
+    attention = EntangledBlock(widths, heads, (1,)).attention.double()
+    a, b = (torch.randn(2).double().softmax(0) for _ in range(2))
+    mixture, x = Mixture({"width": a, "heads": b}), torch.randn(2, 5, 8, dtype=torch.double)
+    found = attention(x, Axis(widths)(mixture, "width"), Axis(heads)(mixture, "heads"))
+    large = attention.state_dict()
+    expected = torch.zeros(2, 5, 4, dtype=torch.double)
+    for (i, width), (j, count) in product(enumerate(widths), enumerate(heads)):
+        plain = Attention(width, count).double()
+        plain.load_state_dict({n: large[n][tuple(map(slice, p.shape))] for n, p in plain.named_parameters()})
+        expected = expected + a[i] * b[j] * plain(x[..., :width])[..., :4]
+    assert (found[..., :4] - expected).abs().max() < 1e-12  # features that all widths have
 
 
 def test_the_first_layer_of_an_mlp_is_the_mixture_over_pairs() -> None:
