@@ -45,15 +45,23 @@ def test_one_supernet_is_searched(tmp_path: Path) -> None:
     assert (tmp_path / "weights.png").exists()
 
 
+def test_sizes_are_searched() -> None:
+    import nasbench as nb
+
+    small = nb.data.load("digits", train_images=200)
+    scope = run(BLOCKS[2], {"data": small}, epochs="1")
+    assert scope["result"].best.arch in scope["result"].space  # type: ignore[attr-defined]
+
+
 def test_the_comparison_runs(tmp_path: Path) -> None:
-    run(BLOCKS[2], trials="12", seeds="2")
+    run(BLOCKS[3], trials="12", seeds="2")
     assert (tmp_path / "comparison.png").exists()
 
 
 def test_the_space_and_the_strategy_work_together() -> None:
     import nasbench as nb
 
-    scope = run(BLOCKS[3] + BLOCKS[4])
+    scope = run(BLOCKS[4] + BLOCKS[5])
     data = nb.data.load("digits", train_images=100)
     space = scope["Chain"]().bind(data)  # type: ignore[operator]
     assert space.sample(Random(0)) in space
