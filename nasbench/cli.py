@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from search_spaces import SPACES
+
 if TYPE_CHECKING:
     from nasbench.data import Data
     from nasbench.result import SearchResult
@@ -131,9 +133,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _space_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--space", help="nasbench201, darts, nasnet, resnet, or your own as module:Class; default: a small nasbench201"
+        "--space", help=f"{', '.join(SPACES)}, or your own as module:Class; default: a small nasbench201"
     )
-    parser.add_argument("--space-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the space")
+    parser.add_argument(
+        "--space-set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the space; a list is widths=[4,8]"
+    )
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:

@@ -243,12 +243,13 @@ class TrainObjective(Objective):
 
 
 def check_kind(space: SearchSpace, data: Data) -> None:
-    """Raise `SettingError` if a space takes from the data what such data do not have: images, or a text."""
-    for own, theirs in (("in_channels", "channels"), ("context", "context")):
-        if getattr(space, own, "no such setting") is None and not hasattr(data, theirs):
-            raise SettingError(
-                f"{type(space).__name__} takes {own} from the data, but {data!r} has none. Use a space for such data."
-            )
+    """Raise `SettingError` if a space is for other data: for images or a text, or for square images."""
+    name = type(space).__name__
+    for own, theirs, others in (("in_channels", "channels", "GPT"), ("context", "context", "ConvMacro or NASBench201")):
+        if hasattr(space, own) and not hasattr(data, theirs):
+            raise SettingError(f"{name} has {own}, but {data!r} has none. Use a space for such data, such as {others}.")
+    if hasattr(space, "image_size") and getattr(data, "height", 0) != getattr(data, "width", 0):
+        raise SettingError(f"{name} is for square images, but {data!r} is not. Load it with size=, which crops them.")
 
 
 class _Watch(training.Callback):

@@ -300,7 +300,7 @@ class SearchResult:
                     f"the result has format {entry['format']}, this version reads up to {FORMAT}. Update nasbench."
                 )
             if space is None:
-                space = search_spaces.space(settings.pop("space").lower(), **settings)
+                space = search_spaces.space(settings.pop("space"), **settings)
             elif json.loads(space.to_json()) != settings:
                 raise StudyError(
                     f"the result belongs to {settings}, not to {space!r}. Give the space it was searched in."

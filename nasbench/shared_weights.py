@@ -36,7 +36,7 @@ class SupernetObjective(Objective):
 
     Args:
         space: bound to the data.
-        data: train and validation images.
+        data: a training and a validation split.
         strategy: how the supernet is trained.
         recipe: how its weights are trained.
         seed: of everything random.
@@ -89,10 +89,11 @@ class SupernetObjective(Objective):
         self.training: SupernetTraining | None = None
         # What does not fit is said here, before anything is written.
         check_kind(space, data)
+        sites = strategy.sites(space)
         _check_supernet(space, strategy)
         with torch.device("meta"):
             self._shapes = space.supernet(**strategy.supernet())  # sub-networks are counted without copying weights
-        if strategy.sites(space):
+        if sites:
             self.data.halves(seed)
         self.data.train_batches(recipe.batch_size, seed=seed, epoch=0, cutout=recipe.cutout)
 

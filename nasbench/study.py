@@ -295,7 +295,7 @@ def _supernet_objective(
     _check_space(space, recipe)
     if not isinstance(data, Data):
         raise SettingError(
-            f"strategy {strategy.name!r} trains a supernet: it needs images, nasbench.data.load(...), not "
+            f"strategy {strategy.name!r} trains a supernet: it needs data, nasbench.data.load(...), not "
             f"{type(data).__name__}. A table may be given beside them, as table=."
         )
     space = space.bind(data)
@@ -446,7 +446,7 @@ def join(
     settings = dict(conditions["space"])
     name = settings.pop("space")
     if space is None:
-        space = search_spaces.space(name.lower(), **settings)
+        space = search_spaces.space(name, **settings)
     chosen = dict(conditions["strategy"])
     return search(
         space,

@@ -46,7 +46,7 @@ class SupernetTraining:
 
     Args:
         space: bound to the data.
-        data: where the images are; a strategy with architecture weights gets a half of the training images for them.
+        data: what to train on; a strategy with architecture weights gets a half of the training split for them.
         strategy: how to train.
         recipe: how to train the weights.
         seed: of everything random.
@@ -75,7 +75,7 @@ class SupernetTraining:
         self.device, self.ranks = data.device, ranks
         sites = strategy.sites(space)
         self.whole = self.data = data
-        self.held: Data | None = None  # images that the architecture weights learn from
+        self.held: Data | None = None  # what the architecture weights learn from
         if sites:
             self.data, self.held = data.halves(seed)
         with torch.random.fork_rng(devices=[]):
@@ -351,8 +351,9 @@ class SupernetTraining:
             assert free is not None
             raise SettingError(
                 f"a step of this supernet needs about {need / 1e9:.1f} GB at batch_size={self.recipe.batch_size}, and "
-                f"{free / 1e9:.1f} GB are free on {self.device}. Lower batch_size, or the space's channels or cells; "
-                "or set recompute=True, or partial_channels=4 where the strategy has it."
+                f"{free / 1e9:.1f} GB are free on {self.device}. Lower batch_size, or what makes the space's "
+                "networks large (channels, cells, widths); or set recompute=True, or partial_channels=4 where the "
+                "strategy and the space have it."
             )
 
     def _identity(self) -> dict[str, Any]:

@@ -552,10 +552,10 @@ def _difference(table: dict[str, list[Option]], asked: dict[str, list[Option]]) 
 
 def _space(settings: dict[str, Any]) -> SearchSpace:
     name = settings["space"]
-    if name.lower() not in search_spaces.SPACES:  # "module:class" neither: importing it would run a stranger's code
+    if search_spaces.home_of(name) is None:  # "module:class" neither: importing it would run a stranger's code
         raise TableError(f"it was made for {name!r}, none of our spaces. Pass yours: Table.load(..., space=).")
     try:
-        return search_spaces.space(name.lower(), **{key: value for key, value in settings.items() if key != "space"})
+        return search_spaces.space(name, **{key: value for key, value in settings.items() if key != "space"})
     except ArchError as error:
         raise TableError(f"its space cannot be made: {error}") from None
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nasbench.batches import Batch, Data, keyed_generator
 from nasbench.errors import DataError, SettingError
+from nasbench.recipe import is_number
 from nasbench.splits import Array
 
 CONTEXT = 64  # characters that a network sees, if nobody says otherwise
@@ -72,10 +73,14 @@ class TextData(Data):
     ) -> None:
         if type(context) is not int or context < 1:
             raise SettingError(f"context={context!r}: a network sees a whole number of characters, one at least.")
-        if not 0 < val_fraction < 1:
+        if not is_number(val_fraction) or not 0 < val_fraction < 1:
             raise SettingError(
                 f"val_fraction={val_fraction} is outside 0..1: it is the share of the text before its test split to "
                 "validate on."
+            )
+        if not isinstance(text, str):
+            raise DataError(
+                f"{name} is {type(text).__name__}, not text. Give a string, or a path to nasbench.data.load."
             )
         if not text:
             raise DataError(f"{name} is empty: there is nothing to predict. Give a text.")
@@ -85,7 +90,7 @@ class TextData(Data):
                     f"characters={characters!r}, but {name} has {len(text)} of them. Ask for 1..{len(text)}."
                 )
             text = text[:characters]
-        codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         found = np.zeros(_CODE_POINTS, bool)
         found[codes] = True
         used = np.flatnonzero(found)
@@ -238,11 +243,15 @@ def read_text(path: Path) -> str:
         DataError: there is no such file, or it is no UTF-8.
     """
     try:
-        return path.read_text("utf-8-sig")
+        text = path.read_text("utf-8-sig")
+        if "\0" in text:
+            raise DataError(f"{path} has NUL characters, as UTF-16 has. Convert it: iconv -f utf-16 -t utf-8.")
+        return text
     except UnicodeDecodeError as error:
+        likely = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise DataError(
             f"{path} is not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8, or convert it: "
-            f"iconv -f latin1 -t utf-8."
+            f"iconv -f {likely} -t utf-8."
         ) from error
     except FileNotFoundError as error:
         raise DataError(

@@ -70,8 +70,19 @@ def __dir__() -> list[str]:
     return __all__
 
 
+def home_of(name: str) -> str | None:
+    """Return ``module:class`` of one of our spaces by its name in `SPACES` or by its class, in any case; else None.
+
+    Example:
+        >>> home_of("ConvMacro") == home_of("conv_macro")
+        True
+    """
+    classes = {path.partition(":")[2].lower(): path for path in SPACES.values()}
+    return SPACES.get(name.lower()) or classes.get(name.lower())
+
+
 def space(name: str, /, **settings: Any) -> SearchSpace:
-    """Return a space by the name of `SPACES`, in any case, or by ``module:class``, with these settings.
+    """Return a space by its name in `SPACES` or by its class, in any case, or by ``module:class``, with these settings.
 
     ``module:class`` imports that module, so it runs code: take it from a user, never from a file or a database.
 
@@ -84,7 +95,7 @@ def space(name: str, /, **settings: Any) -> SearchSpace:
     """
     from search_spaces.base import ArchError, SearchSpace, nearest
 
-    path = name if ":" in name else SPACES.get(name.lower())
+    path = name if ":" in name else home_of(name)
     if path is None:
         raise ArchError(f"there is no search space {name!r}; {nearest(name.lower(), SPACES)} Your own: 'module:class'.")
     module, _, attribute = path.partition(":")

@@ -123,7 +123,9 @@ class SearchSpace(ABC):
         Raises:
             ArchError: the space has none, or is not bound to data.
         """
-        having = "one-shot strategies need one: use DARTS or NASBench201, or a black-box strategy such as evolution."
+        having = (
+            "one-shot strategies need one: use DARTS, NASBench201, ConvMacro or another that has one, or evolution."
+        )
         raise ArchError(f"{type(self).__name__} has no supernet, and {having}")
 
     @property

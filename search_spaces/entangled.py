@@ -5,11 +5,11 @@ the weight of each: entry j weighs as much as all sizes above j together, a stai
 weight by the staircases of its axes and is computed once, whatever the number of options; where a mixture is a sample,
 it takes the slice instead, so that a drawn path costs its own size.
 
-A dimension should be weighted *once* on the way through a network: where its values are made, by the last norm that
-sees them, or else by the layer that makes them. All other layers along it take `Span.plain`. A batch norm in training
-cancels any factor of a channel that reaches it, so a weight in front of it would teach nothing, and a weight applied
-by two layers would count squared. Where a ReLU follows, the layers that read the dimension weigh it instead, all of
-them: a ReLU has no gradient at zero, so of what weighs nothing there it could not be asked whether it should.
+On its way through a network a dimension is to be weighted *once*; everywhere else along it layers take `Span.plain`,
+which cuts and does not weigh. Applied by two layers a weight would count squared. Nor may it stand in front of a batch
+norm, which in training cancels any factor of a channel, nor in front of a ReLU, which has no gradient at zero: what
+weighs nothing there could not be asked whether it should. So the layers that read a dimension weigh it, all of them:
+the next convolution or linear layer, or, of a stream that passes many layers, the layer norm in front of each.
 
 Source: Sukthanker et al., Weight-Entanglement Meets Gradient-Based Neural Architecture Search, 2023, arXiv:2312.10440.
 Their code loops over the options, pads each slice and adds; it weights a dimension at every layer along it, and its
@@ -316,7 +316,7 @@ class EntangledBatchNorm2d(nn.BatchNorm2d):
         mean, variance = (
             buffer[:size] if known and buffer is not None else None for buffer in (self.running_mean, self.running_var)
         )
-        return F.batch_norm(x, mean, variance, weight, bias, self.training, momentum or 0.0, self.eps)
+        return F.batch_norm(x, mean, variance, weight, bias, self.training or mean is None, momentum or 0.0, self.eps)
 
 
 class EntangledConvBN(nn.Module):
@@ -364,7 +364,7 @@ class EntangledLayerNorm(nn.LayerNorm):
         share = span.weights[:, None] * span.stairs  # what each size adds to the weight of every entry
         total = share.sum(0)
         if mean:
-            reach, used = span.stairs / span.stairs.sum(0), total > 0
+            reach, used = span.stairs / span.stairs.sum(0), total > torch.finfo(total.dtype).tiny
             share = torch.where(used, share / torch.where(used, total, 1.0), reach)
             total = torch.ones_like(total)
         shares, shift = share * gain, shift * total
@@ -540,7 +540,10 @@ def check_options(space: SearchSpace, *settings: str) -> None:
             options = tuple(options)
             object.__setattr__(space, name, options)
         if not isinstance(options, tuple) or any(type(option) is not int or option < 1 for option in options):
-            raise ArchError(f"{owner} was given {name}={options!r}; it is a tuple of positive integers.")
+            raise ArchError(
+                f"{owner} was given {name}={options!r}; it is a tuple of positive integers (on the command line a "
+                f"list, {name}=[4,8])."
+            )
         if not options or list(options) != sorted(set(options)):
             raise ArchError(f"{owner} was given {name}={options!r}; it needs at least one option, in ascending order.")
 
@@ -555,6 +558,8 @@ def check_kernels(sizes: Sequence[int]) -> None:
 
 def check_multiple(what: str, size: int, of: str, unit: int) -> None:
     """Raise `ArchError` if a size is not divisible by a unit."""
+    if unit < 1:
+        raise ArchError(f"{of} is {unit}; it is a positive integer.")
     if size % unit:
         raise ArchError(f"{what} is {size}, which is not divisible by {of}, {unit}. Give multiples of {unit}.")
 

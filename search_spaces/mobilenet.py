@@ -252,7 +252,7 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         means = x.mean((2, 3), keepdim=True)
-        return x * F.hardsigmoid(self.restore(F.relu(self.reduce(means))))
+        return x * hard_sigmoid(self.restore(F.relu(self.reduce(means))))
 
 
 class MobileNetV3Supernet(EntangledSupernet):
@@ -327,7 +327,7 @@ class EntangledSqueezeExcitation(nn.Module):
         middle = self.middle.beside(channels)
         means = x.mean((2, 3), keepdim=True)
         y = F.relu(self.reduce(means, out=middle.plain, inputs=channels))
-        return x * F.hardsigmoid(self.restore(y, out=channels.plain, inputs=middle))
+        return x * hard_sigmoid(self.restore(y, out=channels.plain, inputs=middle))
 
 
 def rounded(count: float) -> int:
@@ -339,6 +339,11 @@ def rounded(count: float) -> int:
     """
     nearby = max(8, int(count + 4) // 8 * 8)
     return nearby + 8 if nearby < 0.9 * count else nearby
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """Return what `torch.nn.functional.hardsigmoid` does, which cannot be differentiated twice."""
+    return F.relu6(x + 3) / 6
 
 
 def squeezed(channels: int) -> int:

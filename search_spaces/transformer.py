@@ -159,9 +159,10 @@ class TransformerSpace(SearchSpace):
         name, ratios = type(self).__name__, getattr(self, "ratios")  # noqa: B009 - of any type, whatever is declared
         if isinstance(ratios, list):
             ratios = tuple(ratios)
-            object.__setattr__(self, "ratios", ratios)
         if not isinstance(ratios, tuple) or not all(type(r) in (int, float) and 0 < r < math.inf for r in ratios):
             raise ArchError(f"{name} was given ratios={ratios!r}; it is a tuple of positive numbers.")
+        ratios = tuple(map(float, ratios))  # 4 and 4.0 are to be one option
+        object.__setattr__(self, "ratios", ratios)
         if not ratios or list(ratios) != sorted(set(ratios)):
             raise ArchError(f"{name} was given ratios={ratios!r}; it needs at least one option, in ascending order.")
         if hidden_size(self.widths[0], ratios[0]) < 1:

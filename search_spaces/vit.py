@@ -76,7 +76,6 @@ class ViT(TransformerSpace):
 
     def __post_init__(self) -> None:
         self.check_settings()
-        object.__setattr__(self, "ratios", tuple(map(float, self.ratios)))  # 4 and 4.0 are to be one option
         self.require_positive("head_dim", "patch", "classes", "in_channels", "image_size")
         if self.image_size is not None and self.image_size % self.patch:
             raise ArchError(

@@ -6,7 +6,7 @@ Neither the weights nor a buffer of the supernet are changed by an architecture 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -138,9 +138,11 @@ def mixed_derivative(
     weights = _weights(supernet)
     with _still(supernet):
         if exact:
-            inner = torch.autograd.grad(_loss(supernet, mix, batch), weights, create_graph=True, materialize_grads=True)
-            product = torch.stack([(a * b).sum() for a, b in zip(inner, v, strict=True)]).sum()
-            return _gradients(product, architecture)
+            with _twice_differentiable():
+                loss = _loss(supernet, mix, batch)
+                inner = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
+                product = torch.stack([(a * b).sum() for a, b in zip(inner, v, strict=True)]).sum()
+                return _gradients(product, architecture)
         epsilon = PERTURBATION / float(nn.utils.get_total_norm(v))
         sides = []
         with _fixed(supernet):
@@ -160,7 +162,7 @@ def dominant_eigenvalue(
     Source: Zela et al., Understanding and Robustifying Differentiable Architecture Search, ICLR 2020, arXiv:1909.09656.
     They build the whole Hessian; we iterate.
     """
-    with _still(supernet), _fixed(supernet):
+    with _still(supernet), _fixed(supernet), _twice_differentiable():
         gradients = torch.autograd.grad(
             _loss(supernet, mix, batch), architecture, create_graph=True, materialize_grads=True
         )
@@ -190,6 +192,14 @@ def average(tensors: Sequence[Tensor]) -> None:
             flat = flat.to(place).div_(dist.get_world_size())
             parts = flat.split([t.numel() for t in own])
             torch._foreach_copy_(own, [part.view_as(t) for part, t in zip(parts, own, strict=True)])
+
+
+def _twice_differentiable() -> AbstractContextManager[None]:
+    """Let attention be computed by kernels that can be differentiated twice; torch's fused ones cannot."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return context
 
 
 def _loss(supernet: Supernet, mix: Mix, batch: Batch) -> Tensor:

@@ -127,7 +127,7 @@ class Differentiable(OneShot):
             has grown by a third within five epochs, and choose the architecture of five epochs before. Not for
             relaxations that draw at random.
         form: "fast", or "textbook": one operation after the other.
-        recompute: keep no activations inside of cells, but compute them again in the backward pass.
+        recompute: keep no activations inside of cells or blocks, but compute them again in the backward pass.
         anytime: after every epoch, score the architecture that is decoded, with the weights it shares. It costs a
             forward pass of its network over the validation images, and one over up to 2,048 training images.
 
@@ -186,7 +186,7 @@ class Differentiable(OneShot):
         if self.edge_weights and not space.edge_sites:
             raise SettingError(
                 f"strategy {self.name!r} learns a weight for every edge, but {type(space).__name__} has no edge sites. "
-                "Use edge_weights=False, or a space of cells such as DARTS."
+                "Use a space of cells such as DARTS, another strategy, or edge_weights=False."
             )
         if self.stop_skips is not None and not any(SKIPS & {*options} for options in space.choices.values()):
             raise SettingError(
@@ -228,7 +228,7 @@ class SinglePath(OneShot):
         name: the strategy's name.
         recipe: how weights are trained.
         population, parents, mutation: of the evolution that follows; see `TopEvolution`.
-        recompute: keep no activations inside of cells, but compute them again in the backward pass.
+        recompute: keep no activations inside of cells or blocks, but compute them again in the backward pass.
         anytime: after every epoch, how many newcomers meet the best architecture of the epoch before: half of them its
             mutations by one decision, half drawn uniformly, in the first epoch all. The best of them is recorded, and
             the evolution afterwards knows nothing of it. Each of the 1 + `anytime` costs a forward pass over the

@@ -438,7 +438,7 @@ def test_a_table_metric_must_be_there(data: nb.Data, table: nb.Table) -> None:
 
 
 def test_one_shot_needs_images_and_a_supernet(data: nb.Data, table: nb.Table) -> None:
-    with pytest.raises(SettingError, match="trains a supernet: it needs images, .*, not Table"):
+    with pytest.raises(SettingError, match="trains a supernet: it needs data, .*, not Table"):
         nb.search(SPACE, table, "darts", epochs=1)
     for name in ("darts", "spos"):
         with pytest.raises(ArchError, match="ResNet has no supernet, and one-shot strategies need one"):

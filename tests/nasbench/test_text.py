@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from nasbench.errors import CheckpointError, DataError, SettingError
 from nasbench.objective import TrainObjective
 from nasbench.recipe import Recipe
 from nasbench.training import Callback, Run
-from search_spaces import NASBench201, SearchSpace
+from search_spaces import GPT, NASBench201, SearchSpace, ViT
 from search_spaces.base import Arch
 
 QUICK: dict[str, Any] = {"device": "cpu", "progress": False, "batch_size": 8, "optimizer": "adamw", "lr": 0.01}
@@ -377,7 +378,7 @@ def test_what_does_not_fit_is_said_before_training(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"cannot take a batch \(2, 16\) of 'pydoc'"):
         nb.fit(nn.Conv2d(1, 2, 3), data, **QUICK)
     for space, other in ((NASBench201(), data), (Bigrams(), load("digits"))):
-        with pytest.raises(SettingError, match=r"takes \w+ from the data, but T.* has none. Use a space for such data"):
+        with pytest.raises(SettingError, match=r"has \w+, but T.* has none. Use a space for such data, such as"):
             nb.search(space, other, "random", trials=1, progress=False)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="cutout=4: pydoc is a text"):
         nb.search(Bigrams(), data, "random", trials=1, cutout=4, progress=False)
@@ -429,3 +430,25 @@ def test_the_command_line_takes_texts(
     assert "on test windows, read this once: test_accuracy" in capsys.readouterr().out
     assert main([*line, "--download"]) == 2
     assert "SettingError: download=True is about images, but rhyme.txt holds a text" in capsys.readouterr().err
+
+
+def test_utf_16_is_told(tmp_path: Path) -> None:
+    (tmp_path / "marked.txt").write_bytes("a text of words ".encode("utf-16") * 20)
+    with pytest.raises(DataError, match=r"marked\.txt is not UTF-8: .* iconv -f utf-16 -t utf-8"):
+        load(tmp_path / "marked.txt")
+    (tmp_path / "plain.txt").write_bytes("a text of words ".encode("utf-16-le") * 20)
+    with pytest.raises(DataError, match=r"plain\.txt has NUL characters, as UTF-16 has"):
+        load(tmp_path / "plain.txt")
+
+
+def test_a_text_is_a_string() -> None:
+    with pytest.raises(DataError, match="book is bytes, not text"):
+        TextData("book", b"bytes")  # type: ignore[arg-type]
+
+
+def test_spaces_are_for_their_kind_of_data() -> None:
+    with pytest.raises(SettingError, match="GPT has context, but .* has none. Use a space for such data, such as Conv"):
+        nb.search(GPT(context=16, classes=10), load("digits"), "random", trials=1, progress=False)
+    oblong = nb.data.from_arrays(np.zeros((20, 8, 12, 1), np.uint8), np.arange(20) % 2)
+    with pytest.raises(SettingError, match="ViT is for square images, but .* is not. Load it with size="):
+        nb.search(ViT(), oblong, "random", trials=1, progress=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import math
 import os
 import pickle
 import subprocess
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import search_spaces
-from search_spaces import SPACES, ArchError, SearchSpace, space
+from nasbench.strategies import bilevel
+from nasbench.strategies.relaxation import Softmax
+from search_spaces import SPACES, ArchError, Mixture, SearchSpace, space
 
 # Small settings, where the default network is large.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -80,6 +84,13 @@ def test_archs_round_trip(bound: SearchSpace) -> None:
         assert bound.decode(bound.encode(arch)) == arch
         assert bound.at(bound.index(arch)) == arch
         assert list(arch) == list(bound.choices)
+
+
+def test_a_space_is_made_again_from_its_json(bound: SearchSpace) -> None:
+    settings = json.loads(bound.to_json())
+    again = space(settings.pop("space"), **settings)
+    assert again == bound
+    assert again.fingerprint == bound.fingerprint
 
 
 def test_first_and_last_index(bound: SearchSpace) -> None:
@@ -220,3 +231,24 @@ def test_fingerprint_is_the_same_in_every_process() -> None:
         env=os.environ | {"PYTHONHASHSEED": "1"},
     )
     assert other.stdout.strip() == str([space(n).fingerprint for n in SPACES])
+
+
+def test_architecture_steps_of_every_kind(bound: SearchSpace) -> None:
+    if type(bound).supernet is SearchSpace.supernet:
+        pytest.skip("has no supernet")
+    supernet = bound.supernet()
+    logits = Softmax().initial(bound.sites, torch.Generator().manual_seed(0))
+    rows = [row.requires_grad_() for row in logits.values()]
+    x, shape = example(bound, 6)
+    batch = x, torch.randint(5, (6, *shape[2:]), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD(supernet.parameters(), lr=0.01, momentum=0.9)
+
+    def mix() -> Mixture:
+        return Softmax().mix(logits, 0.0, torch.Generator())
+
+    for exact in (False, True):
+        loss, gradients = bilevel.second_order(supernet, mix, rows, batch, batch, optimizer, exact=exact)
+        assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
+        assert sum(bool(gradient.any()) for gradient in gradients) > len(gradients) / 2  # kernels on 1x1 images: none
+    value = bilevel.dominant_eigenvalue(supernet, mix, rows, batch, torch.Generator().manual_seed(0), steps=2)
+    assert math.isfinite(value)
