@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +31,8 @@ class ConvMacro(SearchSpace):
     """Kernel size and width of four convolutions: 6,561 architectures by default.
 
     Each layer is a convolution, batch norm and ReLU; the first three are followed by a 2x2 max pool. Then mean over the
-    image and a linear layer. Layer l has `kernel{l}` and `width{l}`, whose options are `widths` times 2^l.
+    image and a linear layer. Layer l has `kernel{l}` and `width{l}`, whose options are `widths` times 2^l. The last layer
+    sees an eighth of an image: of 8x8 one pixel, on which all kernels are the same.
 
     Args:
         kernels: options of kernel sizes: odd, ascending.
@@ -75,6 +77,12 @@ class ConvMacro(SearchSpace):
     def widths_of(self, layer: int) -> tuple[int, ...]:
         """Return the options of a layer's channels."""
         return tuple(width * 2**layer for width in self.widths)
+
+    def graph(self, arch: Arch) -> list[tuple[str, str, str]]:
+        """Return the architecture as a chain of its layers."""
+        arch = self.check(arch)
+        steps = [f"layer {i}: {arch[f'kernel{i}']}x{arch[f'kernel{i}']}, {arch[f'width{i}']}" for i in range(LAYERS)]
+        return [(a, b, "") for a, b in pairwise(["input", *steps, "output"])]
 
     def build(self, arch: Arch) -> nn.Module:
         """Return the network, initialised by torch's layers: (B, in_channels, H, W) images to (B, classes) logits.
