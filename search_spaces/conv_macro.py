@@ -31,8 +31,8 @@ class ConvMacro(SearchSpace):
     """Kernel size and width of four convolutions: 6,561 architectures by default.
 
     Each layer is a convolution, batch norm and ReLU; the first three are followed by a 2x2 max pool. Then mean over the
-    image and a linear layer. Layer l has `kernel{l}` and `width{l}`, whose options are `widths` times 2^l. The last layer
-    sees an eighth of an image: of 8x8 one pixel, on which all kernels are the same.
+    image and a linear layer. Layer l has `kernel{l}` and `width{l}`, whose options are `widths` times 2^l. The last
+    layer sees an eighth of an image's side: of 8x8 one pixel, on which all kernels are the same.
 
     Args:
         kernels: options of kernel sizes: odd, ascending.

@@ -45,7 +45,7 @@ class GPT(TransformerSpace):
 
     Example:
         >>> space = GPT(widths=(12, 24), depths=(1, 2), heads=(2, 3), classes=65, context=16)
-        >>> arch = space.arch(width=24, depth=1, heads0=3, heads1=2, ratio0=4, ratio1=2)
+        >>> arch = space.arch(width=24, depth=1, heads0=3, heads1=2, ratio0=4.0, ratio1=2.0)
         >>> space.build(arch)(torch.zeros(2, 16, dtype=torch.int64)).shape
         torch.Size([2, 65, 16])
 

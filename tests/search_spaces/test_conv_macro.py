@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
 from random import Random
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from search_spaces import ConvMacro
+from search_spaces import ConvMacro, Mixture
 from search_spaces.entangled import Span
 
 SPACE = ConvMacro(classes=10, in_channels=3)
@@ -58,3 +59,31 @@ def test_a_slice_times_its_weight_would_teach_nothing(monkeypatch: pytest.Monkey
     before_norms = [site for site in whole if site != "width3"]  # the head reads the last layer, and has no norm
     assert all(slices[site] < 1e-3 * whole[site] for site in before_norms)
     assert all(norm > 1e-4 for norm in whole.values())
+
+
+@torch.no_grad()
+def test_a_mixture_weighs_every_width_once_in_the_layer_that_reads_it() -> None:
+    space = ConvMacro(kernels=(1, 3, 5), widths=(2, 3, 4), classes=3, in_channels=2)
+    supernet, x = space.supernet().double(), torch.randn(4, 2, 9, 9, dtype=torch.double)
+    for parameter in supernet.parameters():
+        torch.nn.init.normal_(parameter)
+    mixture = Mixture({s: torch.randn(len(o), dtype=torch.double).softmax(0) for s, o in space.sites.items()})
+    found = supernet(x, mixture)
+    read = [(torch.ones((), dtype=torch.double), 2)]  # channels that are read, with their weights
+    for i in range(4):
+        layer = supernet.get_submodule(f"layer{i}")
+        conv, norm = layer.get_submodule("conv"), layer.get_submodule("norm")
+        assert isinstance(conv, torch.nn.Conv2d)
+        assert isinstance(norm, torch.nn.BatchNorm2d)
+        y = torch.zeros(())
+        for (a, kernel), (b, c) in product(zip(mixture[f"kernel{i}"], space.kernels, strict=True), read):
+            rim = (5 - kernel) // 2
+            weight = conv.weight[:, :c, rim : 5 - rim, rim : 5 - rim]
+            y = y + a * b * F.conv2d(x[:, :c], weight, padding=kernel // 2)
+        x = F.relu(F.batch_norm(y, None, None, norm.weight, norm.bias, training=True))
+        x = F.max_pool2d(x, 2, ceil_mode=True) if i < 3 else x
+        read = list(zip(mixture[f"width{i}"], space.widths_of(i), strict=True))
+    linear = supernet.get_submodule("head.linear")
+    assert isinstance(linear, torch.nn.Linear)
+    expected = sum((b * F.linear(x.mean((2, 3))[:, :c], linear.weight[:, :c]) for b, c in read), linear.bias)
+    assert (found - expected).abs().max() < 1e-11 * expected.abs().max()

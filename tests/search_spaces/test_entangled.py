@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from search_spaces import ArchError, Mixture
+from search_spaces import ArchError, ConvMacro, Mixture
 from search_spaces.base import one_hot
 from search_spaces.entangled import (
     Axis,
@@ -15,9 +15,11 @@ from search_spaces.entangled import (
     EntangledAttention,
     EntangledBatchNorm2d,
     EntangledConv2d,
+    EntangledConvBN,
     EntangledEmbedding,
     EntangledLayerNorm,
     EntangledLinear,
+    EntangledSupernet,
     KernelAxis,
     Span,
 )
@@ -211,7 +213,12 @@ def test_a_mixed_layer_norm_is_the_mixture_of_layer_norms() -> None:
 def test_a_mean_is_defined_where_nothing_weighs() -> None:
     norm, x = EntangledLayerNorm(8), torch.randn(2, 5, 8, requires_grad=True)
     weights = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
-    norm(x, AXES["out"](Mixture({"out": weights}), "out"), mean=True).square().sum().backward()
+    found = norm(x, AXES["out"](Mixture({"out": weights}), "out"), mean=True)
+    four, six, eight = (F.pad(F.layer_norm(x[..., :size], (size,)), (0, 8 - size)) for size in WIDTHS)
+    assert (found[..., :4] - four[..., :4]).abs().max() < 1e-6
+    assert (found[..., 4:6] - (six + eight)[..., 4:6] / 2).abs().max() < 1e-6  # the mean, as if all weighed the same
+    assert (found[..., 6:] - eight[..., 6:]).abs().max() < 1e-6
+    found.square().sum().backward()
     assert weights.grad is not None
     assert weights.grad.isfinite().all()
     assert x.grad is not None
@@ -258,25 +265,42 @@ def test_coupled_axes_of_a_sample_are_a_slice() -> None:
     assert (hidden.size, hidden.sizes, joint) == (18, (18,), None)
 
 
-@pytest.mark.parametrize("head_dim", [4, None])
-def test_mixed_heads_give_the_mixed_attentions(head_dim: int | None) -> None:
-    widths, heads = (4, 8), (1, 2, 4)
-    attention = EntangledAttention(widths, heads, head_dim).double()
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    a, b = torch.tensor([0.0, 1.0]).double(), torch.randn(3).double().softmax(0)
-    mixture = Mixture({"width": a, "heads": b})
-    found = attention(x, Axis(widths)(mixture, "width"), Axis(heads)(mixture, "heads"))
-    expected = attention.projection.bias.clone()
-    for weight, count in zip(b, heads, strict=True):
-        inner = 8 if head_dim is None else count * head_dim
-        q, k, v = (
-            F.linear(x, layer.weight[:inner], layer.bias[:inner]).view(2, 5, count, -1).transpose(1, 2)
-            for layer in (attention.query, attention.key, attention.value)
-        )
-        logits = q @ k.transpose(2, 3) / (inner // count) ** 0.5
-        y = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        expected = expected + weight * F.linear(y, attention.projection.weight[:, :inner])
+class Supernet(EntangledSupernet):
+    """Of no network: for its `through`."""
+
+    def forward(self, x: Tensor, mixture: Mixture) -> Tensor:
+        raise NotImplementedError
+
+
+def test_a_mixed_depth_is_the_mixture_of_the_outputs_of_every_depth() -> None:
+    depths = (1, 3, 4)
+    supernet = Supernet(ConvMacro(), {"depth": Axis(depths)})
+    blocks = [EntangledLinear(8, 8).double() for _ in range(5)]  # one more than are used
+    x, weights = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, dtype=torch.float64).softmax(0)
+    spans = [spans_of(random_mixture()) for _ in blocks]
+    outs, ins = ([spans[i][site] for i in range(5)] for site in ("out", "in"))
+    outputs = [x]
+    for block, out, inputs in zip(blocks, outs, ins, strict=True):
+        outputs.append(block(outputs[-1], out, inputs))  # the stream goes on unweighted
+    found = supernet.through(x, blocks, Axis(depths)(Mixture({"depth": weights}), "depth"), outs, ins)
+    expected = weights[0] * outputs[1] + weights[1] * outputs[3] + weights[2] * outputs[4]
     assert (found - expected).abs().max() < 1e-12
+    sample = Axis(depths)(Mixture({"depth": torch.tensor([0.0, 0.5, 0.0])}, {"depth": (1,)}), "depth")
+    assert (supernet.through(x, blocks, sample, outs, ins) - 0.5 * outputs[3]).abs().max() < 1e-12
+
+
+def test_a_mixed_convolution_with_norm_weighs_what_it_reads_and_not_what_it_writes() -> None:
+    layer, x = EntangledConvBN(8, 8, 7).double(), torch.randn(4, 8, 9, 9, dtype=torch.float64)
+    nn.init.normal_(layer.norm.weight)
+    nn.init.normal_(layer.norm.bias)
+    mixture = random_mixture()
+    spans = spans_of(mixture)
+    y = torch.zeros(4, 8, 9, 9, dtype=torch.float64)
+    for (i, inputs), (k, kernel) in product(enumerate(WIDTHS), enumerate(KERNELS)):
+        weight = mixture["in"][i] * mixture["kernel"][k]
+        y = y + weight * F.conv2d(x[:, :inputs], part(layer.conv, 8, inputs, kernel), padding=kernel // 2)
+    expected = F.batch_norm(y, None, None, layer.norm.weight, layer.norm.bias, training=True)
+    assert (layer(x, spans["out"], spans["in"], spans["kernel"]) - expected).abs().max() < 1e-12
 
 
 # Cost ----------------------------------------------------------------------------------------------------------------

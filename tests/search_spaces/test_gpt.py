@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +24,7 @@ def test_the_space_of_the_paper() -> None:
 
 
 def test_parameters_by_hand() -> None:
-    arch = SMALL.arch(width=12, depth=1, heads0=3, heads1=2, ratio0=2, ratio1=1)
+    arch = SMALL.arch(width=12, depth=1, heads0=3, heads1=2, ratio0=2.0, ratio1=1.0)
     # Embedding 7 x 12, also the head; positions 10 x 12; norms 3 x 24; attention 4 x (144 + 12), whatever its heads;
     # hidden 24: 12 x 24 + 24 + 24 x 12 + 12.
     assert sum(p.numel() for p in SMALL.build(arch).parameters()) == 84 + 120 + 72 + 624 + 612
@@ -37,7 +39,7 @@ def test_no_token_sees_a_later_one() -> None:
         nn.init.normal_(parameter, std=0.3)
     mixture = SMALL.one_hot(arch).map(lambda row: torch.full_like(row, 1 / len(row)))
     mixture.active = None
-    for network in (supernet.extract(arch), lambda x: supernet(x, mixture)):
+    for network in (supernet.extract(arch), partial(supernet, mixture=mixture)):
         changed = (network(tokens) - network(other)).abs().amax((0, 1))
         assert bool((changed[:6] == 0).all())
         assert bool((changed[6:] > 1e-4).all())
@@ -95,7 +97,8 @@ def test_heads_have_to_divide_the_width() -> None:
 
 
 def test_the_context_comes_from_the_data() -> None:
-    for make in (GPT().supernet, lambda: GPT(classes=5).build(GPT().at(0))):
+    makes: list[Callable[[], object]] = [GPT().supernet, lambda: GPT(classes=5).build(GPT().at(0))]
+    for make in makes:
         with pytest.raises(ArchError, match="GPT does not know .*context yet"):
             make()
     with pytest.raises(ArchError, match="GPT was made with context=10, the data has 64"):

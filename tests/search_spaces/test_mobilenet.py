@@ -6,9 +6,12 @@ from random import Random
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from search_spaces import Arch, MobileNetV3
-from search_spaces.mobilenet import STAGES, rounded
+from search_spaces import Arch, Mixture, MobileNetV3
+from search_spaces.entangled import Axis, EntangledConvBN, KernelAxis
+from search_spaces.mobilenet import STAGES, EntangledResidual, EntangledSqueezeExcitation, Stage, rounded
 from search_spaces.operations import DropPath
 
 SPACE = MobileNetV3(classes=10, in_channels=3)
@@ -124,3 +127,91 @@ def test_rounding() -> None:
     assert [rounded(n) for n in (1, 8, 11, 12, 19, 20, 88, 90)] == [8, 8, 16, 16, 24, 24, 88, 88]
     assert MobileNetV3(width=1) == MobileNetV3()
     assert MobileNetV3(width=1).fingerprint == MobileNetV3().fingerprint
+
+
+# What a mixture means: sums over the options. Hidden channels are weighed once by every layer that reads them.
+
+
+def squeezed(module: EntangledSqueezeExcitation, x: Tensor, weights: Tensor, sizes: list[int]) -> Tensor:
+    """x, which has no weights, times its gates."""
+    means, middles = x.mean((2, 3)), [rounded(size // 4) for size in sizes]
+    reduce, restore = module.reduce.weight[..., 0, 0], module.restore.weight[..., 0, 0]
+    assert module.reduce.bias is not None
+    assert module.restore.bias is not None
+    middle = module.reduce.bias
+    for a, size in zip(weights, sizes, strict=True):
+        middle = middle + a * F.linear(means[:, :size], reduce[:, :size])
+    gates, middle = module.restore.bias, F.relu(middle)
+    for a, size in zip(weights, middles, strict=True):
+        gates = gates + a * F.linear(middle[:, :size], restore[:, :size])
+    return x * F.hardsigmoid(gates)[:, :, None, None]
+
+
+def residual(block: EntangledResidual, x: Tensor, kernel: Tensor, hidden: Tensor, sizes: list[int]) -> Tensor:
+    """A block for kernels (3, 5) in training: no channel has a weight in front of a norm or an activation."""
+
+    def normed(layer: EntangledConvBN, y: Tensor) -> Tensor:
+        return F.batch_norm(y, None, None, layer.norm.weight, layer.norm.bias, training=True)
+
+    y = block.activation(normed(block.expand, F.conv2d(x, block.expand.conv.weight)))
+    weight, stride = block.depthwise.conv.weight, block.depthwise.conv.stride
+    small = F.conv2d(y, weight[..., 1:-1, 1:-1], stride=stride, padding=1, groups=sizes[-1])
+    large = F.conv2d(y, weight, stride=stride, padding=2, groups=sizes[-1])
+    y = block.activation(normed(block.depthwise, kernel[0] * small + kernel[1] * large))
+    if block.squeeze is not None:
+        y = squeezed(block.squeeze, y, hidden, sizes)
+    weight = block.project.conv.weight
+    pairs = zip(hidden, sizes, strict=True)
+    y = normed(block.project, sum((a * F.conv2d(y[:, :c], weight[:, :c]) for a, c in pairs), torch.zeros(())))
+    return x + y if block.residual else y
+
+
+def weighed(module: nn.Module) -> None:
+    """Draw all parameters, so that all count: biases and shifts too."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+
+
+def row(options: int) -> Tensor:
+    return torch.randn(options, dtype=torch.double).softmax(0)
+
+
+@torch.no_grad()
+def test_a_mixed_squeeze_excitation_weighs_channels_and_middle_once() -> None:
+    sizes = [24, 40, 72, 96]  # middles of 8, 16, 24 and 24
+    module, x, weights = EntangledSqueezeExcitation(sizes).double(), torch.randn(3, 96, 5, 5).double(), row(4)
+    weighed(module)
+    found = module(x, Axis(sizes)(Mixture({"expand": weights}), "expand"))
+    assert (found - squeezed(module, x, weights, sizes)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("stage", [STAGES[0], STAGES[1], STAGES[2], STAGES[4]])
+@pytest.mark.parametrize("stride", [1, 2])
+@torch.no_grad()
+def test_a_mixed_residual_weighs_hidden_channels_where_they_are_read(stage: Stage, stride: int) -> None:
+    sizes, kernel, hidden = [24, 40, 64], row(2), row(3)
+    block, x = EntangledResidual(8, sizes, 8, 5, stride, stage).double(), torch.randn(4, 8, 7, 7).double()
+    weighed(block)
+    mixture = Mixture({"kernel": kernel, "expand": hidden})
+    found = block(x, KernelAxis((3, 5))(mixture, "kernel"), Axis(sizes)(mixture, "expand"))
+    assert (found - residual(block, x, kernel, hidden, sizes)).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_a_mixed_supernet_is_the_sum_over_the_depths_of_its_stages() -> None:
+    space = MobileNetV3((3, 5), (3, 4, 6), (1, 3), width=0.1, stem="cifar", classes=3, in_channels=2)
+    supernet, x = space.supernet().double(), torch.randn(4, 2, 16, 16).double()
+    weighed(supernet)
+    mixture = Mixture({site: row(len(options)) for site, options in space.sites.items()})
+    found = supernet(x, mixture)
+    x = supernet.get_submodule("first")(supernet.get_submodule("stem")(x))
+    for s in range(5):
+        outputs = []
+        for b, block in enumerate(supernet.get_submodule(f"stage{s}").children()):
+            assert isinstance(block, EntangledResidual)
+            sizes = [rounded(space.shape_of(s, b)[0] * expand) for expand in space.expands]
+            x = residual(block, x, mixture[f"kernel{s}_{b}"], mixture[f"expand{s}_{b}"], sizes)
+            outputs.append(x)
+        x = mixture[f"depth{s}"][0] * outputs[0] + mixture[f"depth{s}"][1] * outputs[2]
+    expected = supernet.get_submodule("head")(supernet.get_submodule("final")(x))
+    assert (found - expected).abs().max() < 1e-10 * expected.abs().max()  # through 17 norms

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from search_spaces import GPT, ArchError, Mixture, SearchSpace, Supernet, ViT
+from search_spaces import GPT, Arch, ArchError, Mixture, SearchSpace, Supernet, ViT
 from search_spaces.base import one_hot
-from search_spaces.entangled import Axis
+from search_spaces.entangled import Axis, EntangledAttention, EntangledLayerNorm, Span
+from search_spaces.gpt import GPTSupernet
 from search_spaces.operations import DropPath
 from search_spaces.transformer import Attention, Block, EntangledBlock, EntangledMLP, TransformerSpace, hidden_size
+from search_spaces.vit import ViTSupernet
 
 VIT = ViT(
     widths=(8, 16, 20), heads=(1, 2, 3), ratios=(1.3, 2, 3), depths=(1, 2, 3), head_dim=4, classes=5, in_channels=2,
@@ -25,6 +29,7 @@ VIT = ViT(
 )  # fmt: skip
 LANGUAGE = GPT(widths=(12, 24, 36), heads=(2, 3, 6), ratios=(1, 2, 3), depths=(1, 2, 3), classes=5, context=8)
 SPACES = [pytest.param(VIT, id="vit"), pytest.param(LANGUAGE, id="gpt")]
+Sites = Mapping[str, Sequence[Any]]
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +44,13 @@ def inputs(space: SearchSpace, batch: int = 3, dtype: torch.dtype = torch.float)
 def spread(space: SearchSpace) -> Supernet:
     """A supernet whose weights, biases and norms all count."""
     supernet = space.supernet()
-    for parameter in supernet.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    noise(supernet)
     return supernet
+
+
+def noise(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
 
 
 def dense(mixture: Mixture) -> Mixture:
@@ -53,9 +62,9 @@ def random_mixture(space: SearchSpace, dtype: torch.dtype = torch.float) -> Mixt
     return Mixture({site: torch.randn(len(o), dtype=dtype).softmax(0) for site, o in space.sites.items()})
 
 
-def archs(space: SearchSpace, count: int = 50) -> list[dict[str, object]]:
+def archs(space: SearchSpace, count: int = 50) -> list[Arch]:
     rng = Random(0)
-    return [space.at(0), space.at(space.size - 1), *(space.sample(rng) for _ in range(count - 2))]  # type: ignore[list-item]
+    return [space.at(0), space.at(space.size - 1), *(space.sample(rng) for _ in range(count - 2))]
 
 
 # Supernets -----------------------------------------------------------------------------------------------------------
@@ -123,9 +132,9 @@ def test_a_sampled_path_costs_its_own_size(space: SearchSpace) -> None:
     counts = set()
     for arch in archs(space, 8):
         pair = []
-        for function in (lambda a=arch: supernet(x, space.one_hot(a)), lambda a=arch: supernet.extract(a)(x)):
+        for network in (partial(supernet, mixture=space.one_hot(arch)), supernet.extract(arch)):
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-                function()
+                network(x)
             pair.append(counter.get_total_flops())
         assert pair[0] == pair[1] > 0
         counts.add(pair[0])
@@ -208,6 +217,124 @@ def test_mixtures_are_checked(space: SearchSpace) -> None:
         supernet(inputs(space), Mixture(dict(mixture), add_others=True))
 
 
+# What a mixture means, written out -----------------------------------------------------------------------------------
+#
+# Sums over the options, each a slice of the weights times its weight in the mixture. Where a factor stands here and
+# where none does is the point: a dimension counts once. Of a mixture of one option no test can see that.
+
+
+def normed(norm: EntangledLayerNorm, x: Tensor, width: Tensor, widths: Sequence[int], mean: bool = False) -> Tensor:
+    """The layer norms of all widths, weighted and added; `mean`: divided by what the widths of an entry weigh."""
+    total, weight = torch.zeros_like(x), torch.zeros_like(x)
+    for a, w in zip(width, widths, strict=True):
+        total[..., :w] += a * F.layer_norm(x[..., :w], (w,), norm.weight[:w], norm.bias[:w])
+        weight[..., :w] += a
+    return total / weight if mean else total
+
+
+def heads_of(attention: EntangledAttention, x: Tensor, inner: int, count: int, causal: bool) -> Tensor:
+    """What so many heads, of `inner` features together, make of the features of x."""
+    q, k, v = (
+        F.linear(x, layer.weight[:inner, : x.shape[-1]], layer.bias[:inner]).unflatten(-1, (count, -1)).transpose(1, 2)
+        for layer in (attention.query, attention.key, attention.value)
+    )
+    logits: Tensor = q @ k.transpose(2, 3) / (inner / count) ** 0.5
+    if causal:
+        logits = logits.masked_fill(torch.ones(logits.shape[-2:]).triu(1).bool(), -torch.inf)
+    out: Tensor = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return out
+
+
+def mlp_of(mlp: EntangledMLP, x: Tensor, width: Tensor, ratio: Tensor, sites: Sites) -> Tensor:
+    """The MLP: its first layer is a sum over pairs of a width and a ratio, its second has no weight at all."""
+    hidden = x.new_zeros(*x.shape[:-1], mlp.first.out_features)
+    for (a, w), (b, r) in product(zip(width, sites["width"], strict=True), zip(ratio, sites["ratio"], strict=True)):
+        size = int(r * w)
+        hidden[..., :size] += a * b * F.linear(x[..., :w], mlp.first.weight[:size, :w], mlp.first.bias[:size])
+    return F.linear(F.gelu(hidden), mlp.second.weight, mlp.second.bias)
+
+
+def block_of(block: EntangledBlock, x: Tensor, width: Tensor, heads: Tensor, ratio: Tensor, sites: Sites) -> Tensor:
+    """A block: a stream without weights beside two branches, of which each weighs width and heads or ratio once."""
+    attention, widths, head_dim = block.attention, sites["width"], block.attention.head_dim
+    y, causal, projection = torch.zeros_like(x), attention.causal, attention.projection
+    for b, count in zip(heads, sites["heads"], strict=True):
+        if head_dim is None:  # every pair of a width and a number of heads is an attention of its own
+            read = normed(block.norm1, x, width, widths, mean=True)
+            for a, w in zip(width, widths, strict=True):
+                y += a * b * F.linear(heads_of(attention, read[..., :w], w, count, causal), projection.weight[:, :w])
+        else:
+            read, inner = normed(block.norm1, x, width, widths), count * head_dim
+            y += b * F.linear(heads_of(attention, read, inner, count, causal), projection.weight[:, :inner])
+    x = x + y + projection.bias
+    return x + mlp_of(block.mlp, normed(block.norm2, x, width, widths, mean=True), width, ratio, sites)
+
+
+def supernet_of(supernet: Supernet, x: Tensor, mixture: Mixture) -> Tensor:
+    """Logits of a whole supernet. Embedding and head are without weights: the last norm weighs the width."""
+    space, width = supernet.space, mixture["width"]
+    assert isinstance(space, TransformerSpace)
+    if isinstance(supernet, GPTSupernet):
+        x = supernet.embedding.weight[x] + supernet.position[: x.shape[1]]
+    else:
+        assert isinstance(supernet, ViTSupernet)
+        patches = F.conv2d(x, supernet.patch.weight, supernet.patch.bias, stride=4).flatten(2).transpose(1, 2)
+        x = torch.cat([supernet.token.expand(len(x), 1, -1), patches], 1) + supernet.position
+    outputs, sites = [], {"width": space.widths, "heads": space.heads, "ratio": space.ratios}
+    for i, block in enumerate(supernet.blocks):
+        assert isinstance(block, EntangledBlock)
+        x = block_of(block, x, width, mixture[f"heads{i}"], mixture[f"ratio{i}"], sites)
+        outputs.append(x)
+    x = sum((a * outputs[d - 1] for a, d in zip(mixture["depth"], space.depths, strict=True)), torch.zeros(()))
+    x = normed(supernet.norm, x, width, space.widths)
+    if isinstance(supernet, GPTSupernet):
+        return (x @ supernet.embedding.weight.T).transpose(1, 2)
+    return F.linear(x[:, 1:].mean(1), supernet.head.weight, supernet.head.bias)
+
+
+PARTS: Sites = {"width": (8, 12, 20), "heads": (1, 2, 4), "ratio": (1.3, 2, 3)}
+
+
+def rows_and_spans() -> tuple[list[Tensor], list[Span]]:
+    """A dense mixture of PARTS, for modules on their own."""
+    rows = [torch.randn(3, dtype=torch.double).softmax(0) for _ in PARTS]
+    axes = [Axis((8, 12, 20)), Axis((1, 2, 4)), Axis((1, 2, 3))]
+    return rows, [axis(Mixture({"site": row}), "site") for axis, row in zip(axes, rows, strict=True)]
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= 1e-12 * expected.abs().max())
+
+
+@torch.no_grad()
+def test_a_mixed_mlp_weighs_pairs_in_its_first_layer_alone() -> None:
+    mlp, x = EntangledMLP((8, 12, 20), (1.3, 2, 3)).double(), torch.randn(3, 5, 20, dtype=torch.double)
+    noise(mlp)
+    (width, _, ratio), (width_span, _, ratio_span) = rows_and_spans()
+    assert close(mlp(x, width_span, ratio_span), mlp_of(mlp, x, width, ratio, PARTS))
+    hidden, _ = mlp.hidden(width_span, ratio_span)
+    assert hidden.sizes == (10, 16, 24, 15, 24, 36, 26, 40, 60)  # rounded down: 1.3 * 8, 2 * 8, ..., 3 * 20
+
+
+@pytest.mark.parametrize("head_dim", [4, None])
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_a_mixed_block_weighs_every_dimension_once(head_dim: int | None, causal: bool) -> None:
+    block = EntangledBlock((8, 12, 20), (1, 2, 4), (1.3, 2, 3), head_dim, causal).double()
+    noise(block)
+    (width, heads, ratio), spans = rows_and_spans()
+    x = torch.randn(3, 5, 20, dtype=torch.double)
+    assert close(block(x, *spans), block_of(block, x, width, heads, ratio, PARTS))
+
+
+@pytest.mark.parametrize("space", SPACES)
+@torch.no_grad()
+def test_a_mixed_supernet_weighs_every_dimension_once(space: SearchSpace) -> None:
+    supernet, x = spread(space).double(), inputs(space, dtype=torch.double)
+    mixture = random_mixture(space, torch.double)
+    assert close(supernet(x, mixture), supernet_of(supernet, x, mixture))
+
+
 # Spaces --------------------------------------------------------------------------------------------------------------
 
 
@@ -252,24 +379,25 @@ BAD = [
     ({"depths": (2, 1)}, r"was given depths=\(2, 1\); it needs at least one option, in ascending order"),
     ({"heads": (2, 2)}, r"was given heads=\(2, 2\); it needs at least one option, in ascending order"),
     ({"ratios": ()}, r"was given ratios=\(\); it needs at least one option, in ascending order"),
-    ({"ratios": (2, 1.5)}, r"was given ratios=\(2, 1.5\); it needs at least one option, in ascending order"),
+    ({"ratios": (2, 1.5)}, r"was given ratios=\(2.0, 1.5\); it needs at least one option, in ascending order"),
     ({"ratios": (1, float("inf"))}, r"was given ratios=\(1, inf\); it is a tuple of positive numbers"),
     ({"ratios": (-1, 1)}, r"was given ratios=\(-1, 1\); it is a tuple of positive numbers"),
-    ({"ratios": (0.001, 1)}, "an MLP with 0.001 times .* features has none. Give larger ones"),
+    ({"ratios": (0.001, 1)}, r"was given .* but an MLP with 0.001 times .* features has none. Give larger ones"),
     ({"classes": 0}, "was given classes=0; it is a positive integer"),
 ]
 
 
 @pytest.mark.parametrize("space", [ViT, GPT])
 @pytest.mark.parametrize(("settings", "message"), BAD)
-def test_settings_are_checked(space: type[SearchSpace], settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ArchError, match=f"{space.__name__} {message}|{message}"):
+def test_settings_are_checked(space: type[ViT | GPT], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArchError, match=f"^{space.__name__} {message}"):
         space(**settings)
 
 
 @pytest.mark.parametrize("space", [ViT, GPT])
-def test_lists_become_tuples(space: type[SearchSpace]) -> None:
-    made = space(widths=[12, 24], heads=[1, 2], ratios=[1, 2], depths=[1])
+def test_lists_become_tuples(space: type[ViT | GPT]) -> None:
+    lists: dict[str, Any] = {"widths": [12, 24], "heads": [1, 2], "ratios": [1, 2], "depths": [1]}
+    made = space(**lists)
     assert made == space(widths=(12, 24), heads=(1, 2), ratios=(1, 2), depths=(1,))
     assert len({made}) == 1
 
@@ -292,7 +420,7 @@ def test_mixed_heads_are_the_mixed_outputs_of_plain_attentions(head_dim: int | N
         large = block.attention.state_dict()
         plain.load_state_dict({n: large[n][tuple(map(slice, p.shape))] for n, p in plain.named_parameters()})
         expected = expected + weight * plain(x)
-    assert (found - expected).abs().max() < 1e-6
+    assert (found - expected).abs().max() < 1e-12
 
 
 def test_mixed_widths_and_heads_are_the_mixed_outputs_of_pairs() -> None:
@@ -310,29 +438,11 @@ def test_mixed_widths_and_heads_are_the_mixed_outputs_of_pairs() -> None:
     assert (found[..., :4] - expected).abs().max() < 1e-12  # features that all widths have
 
 
-def test_the_first_layer_of_an_mlp_is_the_mixture_over_pairs() -> None:
-    widths, ratios = (6, 8), (1.5, 2.2)
-    mlp = EntangledMLP(widths, ratios).double()
-    a, b = (torch.randn(2).double().softmax(0) for _ in range(2))
-    mixture = Mixture({"width": a, "ratio": b})
-    width, ratio = Axis(widths)(mixture, "width"), Axis((1, 2))(mixture, "ratio")
-    x = torch.randn(3, 8, dtype=torch.double)
-    hidden, joint = mlp.hidden(width, ratio)
-    expected = torch.zeros(3, 17, dtype=torch.double)
-    for (i, w), (j, r) in product(enumerate(widths), enumerate(ratios)):
-        size = hidden_size(w, r)
-        y = F.linear(x[:, :w], mlp.first.weight[:size, :w], mlp.first.bias[:size])
-        expected = expected + a[i] * b[j] * F.pad(y, (0, 17 - size))
-    assert hidden.sizes == (9, 13, 12, 17)  # rounded down: 1.5 * 6, 2.2 * 6, 1.5 * 8, 2.2 * 8
-    assert (mlp.first(x, hidden, width.plain, joint) - expected).abs().max() < 1e-12
-
-
 @pytest.mark.parametrize("head_dim", [4, None])
 def test_a_block_of_one_option_is_the_plain_block(head_dim: int | None) -> None:
-    sites = {"width": (8, 12), "heads": (1, 2), "ratio": (1.5, 3.0)}
-    large = EntangledBlock(*sites.values(), head_dim)
-    for parameter in large.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    sites: dict[str, tuple[Any, ...]] = {"width": (8, 12), "heads": (1, 2), "ratio": (1.5, 3.0)}
+    large = EntangledBlock((8, 12), (1, 2), (1.5, 3.0), head_dim)
+    noise(large)
     x = torch.randn(2, 5, 12)
     for chosen in product(range(2), repeat=3):
         width, heads, ratio = (options[k] for options, k in zip(sites.values(), chosen, strict=True))

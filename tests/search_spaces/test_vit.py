@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +96,7 @@ def test_the_size_of_images_comes_from_the_data() -> None:
     assert SMALL.bind(SimpleNamespace(height=12)).image_size == 12
     with pytest.raises(ArchError, match="images of 10x10 are not divisible"):
         SMALL.bind(SimpleNamespace(height=10))
-    for make in (lambda: SMALL.build(SMALL.at(0)), SMALL.supernet):
+    makes: list[Callable[[], object]] = [lambda: SMALL.build(SMALL.at(0)), SMALL.supernet]
+    for make in makes:
         with pytest.raises(ArchError, match="ViT does not know image_size yet"):
             make()
