@@ -167,7 +167,7 @@ def test_spaces_by_name_come_back_with_their_settings(space: SearchSpace) -> Non
 def test_a_space_of_the_users_own_has_to_be_given() -> None:
     mine = SearchResult(Own(), {"score": "maximize"}, [Trial(0, Own().at(5), "complete", {"score": 1})]).to_json()
     assert SearchResult.from_json(mine, Own()).best.arch == Own().arch(width=None, op="b")
-    with pytest.raises(ArchError, match="there is no search space 'own'; Known: .*nasbench201, .*resnet"):
+    with pytest.raises(ArchError, match="there is no search space 'Own'; Known: .*nasbench201, .*resnet"):
         SearchResult.from_json(mine)
     with pytest.raises(StudyError, match=r"belongs to \{'space': 'Own', 'classes': None\}, not to Own\(classes=3\)"):
         SearchResult.from_json(mine, Own(classes=3))
@@ -191,7 +191,7 @@ def edited(change: str, value: Any) -> str:
         ("{}", StudyError, r"this is no saved search result \(KeyError: 'space'\)"),
         (edited("format", 2), StudyError, "result has format 2, this version reads up to 1. Update nasbench"),
         (edited("space", "NASBench201"), StudyError, "this is no saved search result"),
-        (edited("space.space", "Nasbench21"), ArchError, "no search space 'nasbench21'; did you mean 'nasbench201'"),
+        (edited("space.space", "Nasbench21"), ArchError, "no search space 'Nasbench21'; did you mean 'nasbench201'"),
         (edited("trials", None), StudyError, "this is no saved search result"),
         (edited("trials.0.colour", "red"), StudyError, "this is no saved search result .*colour"),
         (
