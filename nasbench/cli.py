@@ -56,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--strategy",
         default="evolution",
-        help="evolution, top_evolution, local_search, grid, random, tpe, gp, nsga2, nsga3; with one supernet: darts, "
-        "gdas, drnas, pcdarts, spos",
+        help="evolution, top_evolution, local_search, reinforce, linas, eas, grid, random, tpe, gp, nsga2, nsga3; with "
+        "one supernet: darts, gdas, drnas, pcdarts, spos",
     )
     search.add_argument(
         "--objectives",

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from nasbench import profile, training
 from nasbench.data import Data, load
 from nasbench.devices import pick_device
-from nasbench.errors import SettingError, TrainingDiverged
+from nasbench.errors import SettingError, TrainingDiverged, WeightsError
 from nasbench.files import atomic_write
 from nasbench.recipe import Recipe
-from search_spaces.base import Arch, SearchSpace, nearest
+from search_spaces.base import Arch, ArchError, SearchSpace, nearest
+from search_spaces.growth import GrowingSpace
 
 if TYPE_CHECKING:
     from nasbench.table import Table
@@ -43,10 +44,22 @@ DIRECTIONS = {
 WEIGHTS = "weights.safetensors"
 
 
+@dataclass(frozen=True)
+class Parent:
+    """The finished trial whose network a trial starts from; `weights` is where its weights should lie, if anywhere."""
+
+    number: int
+    arch: Arch
+    weights: Path | None
+
+
 class TrialRun:
     """What an objective may use of the trial it evaluates. This one belongs to no study and keeps nothing."""
 
     folder: Path | None = None
+
+    parent: Parent | None = None
+    """What the trial inherits from, if anything."""
 
     def check(self) -> None:
         """Raise if the search has to stop now; called after every training step."""
@@ -112,10 +125,15 @@ class Objective(ABC):
         return known
 
 
-class TrainObjective(Objective):
-    """Train the canonical form of the architecture from scratch, then validate it.
+_MOMENTS = 64  # images whose statistics a new batch norm starts from, as published
 
-    Metrics are a pure function of the canonical architecture, the recipe and the seeds, so equal cells share a result.
+
+class TrainObjective(Objective):
+    """Train the canonical form of the architecture, then validate it.
+
+    It is trained from scratch, unless the trial has a parent: then its network is the parent's, grown, with new states
+    of the optimizer. Metrics are a pure function of the canonical architecture, the parent's weights, the recipe and
+    the seeds. Equal architectures share the result of the first, whatever its parent.
 
     Args:
         space: bound to the data.
@@ -188,9 +206,16 @@ class TrainObjective(Objective):
         return {name: value for name, value in found.items() if name in names}
 
     def __call__(self, arch: Arch, run: TrialRun) -> dict[str, float]:
-        """Train once for every seed and return the mean metrics, with params and macs."""
+        """Train once for every seed and return the mean metrics, with params and macs.
+
+        Raises:
+            SettingError: the trial has a parent, and the space's networks cannot grow.
+            WeightsError: the parent's weights are not there. Nothing is trained from scratch in their place.
+        """
+        if run.parent is not None:
+            self._check_parent(run.parent)
         if dist.is_initialized() and dist.get_rank() == 0:
-            dist.broadcast_object_list([(arch.to_json(), str(run.folder) if run.folder else None)])
+            dist.broadcast_object_list([(arch, run.folder, run.parent)])
         run.runs = [self._train(arch, seed, run) for seed in self.seeds]
         names = [name for name in run.runs[0] if name != "seconds"]
         means = {name: sum(r[name] for r in run.runs) / len(run.runs) for name in names}
@@ -198,24 +223,56 @@ class TrainObjective(Objective):
 
     def follow(self) -> None:
         """On ranks above 0 of a data-parallel search: train what rank 0 announces until it announces the end."""
-        for arch, folder in announced():
+        for arch, folder, parent in announced():
             run = TrialRun()
-            run.folder = Path(folder) if folder else None
-            with suppress(TrainingDiverged):  # all ranks see it; rank 0 stores the reason
+            run.folder, run.parent = folder, parent
+            with suppress(TrainingDiverged, ArchError):  # all ranks see it; rank 0 stores the reason
                 for seed in self.seeds:
-                    self._train(Arch.from_json(arch), seed, run)
+                    self._train(arch, seed, run)
 
     def _builder(self, arch: Arch) -> Callable[[], torch.nn.Module]:
         canonical = self.space.canonical(arch)
         return lambda: self.space.build(canonical)
 
+    def _network(self, arch: Arch, seed: int, parent: Parent | None) -> torch.nn.Module:
+        """Return the network to train: a fresh one, or the parent's, grown."""
+        if parent is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self._builder(arch)()
+        from safetensors.torch import load_file
+
+        assert isinstance(self.space, GrowingSpace) and parent.weights is not None
+        with torch.device("meta"):
+            model = self._builder(parent.arch)()
+        model.load_state_dict(load_file(parent.weights), assign=True)
+        images, _ = next(self.data.train_batches(_MOMENTS, seed=seed, epoch=0, augment=False))
+        return self.space.inherit(
+            model.to(self.device),
+            parent.arch,
+            arch,
+            example=images,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def _check_parent(self, parent: Parent) -> None:
+        if not isinstance(self.space, GrowingSpace):
+            raise SettingError(
+                f"the trial inherits from trial {parent.number}, but networks of {type(self.space).__name__} cannot "
+                "grow. Use PlainCNN or DenseNet, or a strategy that names no parents."
+            )
+        if parent.weights is None or not parent.weights.exists():
+            raise WeightsError(
+                f"the trial inherits from trial {parent.number}, which has no weights"
+                f"{'' if parent.weights is None else f' at {parent.weights}'}: there is none of this number, it "
+                "failed, it was trained on another host, or its strategy did not say that it keeps it."
+            )
+
     def _train(self, arch: Arch, seed: int, run: TrialRun) -> dict[str, float]:
         done = run.folder / f"run-{seed}.json" if run.folder and len(self.seeds) > 1 else None
         if done and done.exists():
             return {str(k): float(v) for k, v in json.loads(done.read_text()).items()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = self._builder(arch)()
+        model = self._network(arch, seed, run.parent)
         watch = _Watch(run, self.data, f"seed {seed}, " if len(self.seeds) > 1 else "")
         checkpoint = run.folder / f"checkpoint-{seed}.pt" if run.folder else None
         training.fit(

@@ -156,7 +156,9 @@ def _architectures(result: SearchResult) -> str:
     figures = []
     for trial in shown:
         metrics = " · ".join(f"{_word(name, result)} {_metric(trial, name)}" for name in _names([trial], result))
-        caption = f"<b>Trial {trial.number}</b> · {escape(metrics)}<br><code>{escape(trial.arch.to_json())}</code>"
+        grown = "" if trial.parent is None else f", grown from trial {trial.parent}"
+        caption = f"<b>Trial {trial.number}</b>{grown} · {escape(metrics)}"
+        caption += f"<br><code>{escape(trial.arch.to_json())}</code>"
         figure = draw(result.space, trial.arch)
         width = max(figure.get_figwidth(), 2.1)
         picture = _svg(figure, f"Architecture of trial {trial.number}")
@@ -170,7 +172,11 @@ def _best_trials(result: SearchResult) -> str:
     trials = ranked[:10]
     names = _names(trials, result)
     rows = [[str(t.number), *(_metric(t, name) for name in names), _duration(t.seconds)] for t in trials]
-    text = _table(rows, ["trial", *(_word(name, result) for name in names), "time"], "numbers") if trials else ""
+    head = ["trial", *(_word(name, result) for name in names), "time"]
+    if any(t.parent is not None for t in trials):
+        head.append("grown from")
+        rows = [[*row, "" if t.parent is None else str(t.parent)] for row, t in zip(rows, trials, strict=True)]
+    text = _table(rows, head, "numbers") if trials else ""
     if len(ranked) > 10 and len(result.objectives) > 1:
         text += f"<p>10 of {len(ranked)}, best {escape(word(names[0]))} first.</p>"
     if any(len(t.runs) > 1 for t in trials):

@@ -17,7 +17,7 @@ from nasbench.errors import SettingError, StudyError, WeightsError
 from nasbench.files import atomic_write
 from nasbench.objective import DIRECTIONS, WEIGHTS
 from nasbench.pareto import front
-from nasbench.strategies.base import PROPOSAL, arch_of
+from nasbench.strategies.base import arch_of, proposal_of
 from search_spaces.base import Arch, SearchSpace, nearest
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class Trial:
         reason: why it was pruned or failed.
         copied_from: number of the trial with an equal architecture whose metrics these are.
         finished: place in order of completion, from 0.
-        parent, note: what the strategy wanted remembered.
+        parent: number of the trial whose trained network it started from, if any.
+        note: what the strategy wanted remembered.
         supernet: settings of the supernet that its weights were taken from, if they were.
     """
 
@@ -202,7 +203,7 @@ class SearchResult:
         return 1.0 if direction == "maximize" else -1.0
 
     def to_frame(self) -> pd.DataFrame:
-        """Return a pandas table, one row a trial: number, state, decisions, metrics, seconds, reason.
+        """Return a pandas table, one row a trial: number, state, decisions, metrics, seconds, reason; perhaps parent.
 
         Raises:
             ImportError: pandas is not installed; `result.rows()` gives the same as dictionaries.
@@ -216,11 +217,16 @@ class SearchResult:
         return pd.DataFrame(self.rows())
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one dictionary a trial: number, state, decisions, metrics, seconds, reason."""
+        """Return one dictionary a trial: number, state, decisions, metrics, seconds, reason.
+
+        Where trials inherit from others, also the parent.
+        """
+        inherited = any(t.parent is not None for t in self.trials)
         return [
             {"number": t.number, "state": t.state, **t.arch}
             | dict(t.metrics)
             | {"seconds": t.seconds, "copied_from": t.copied_from, "reason": t.reason}
+            | ({"parent": t.parent} if inherited else {})
             for t in self.trials
         ]
 
@@ -372,7 +378,7 @@ def collect(
                 copied_from=attrs.get("copied_from"),
                 supernet=attrs.get("supernet"),
                 finished=order[t.number],
-                **t.system_attrs.get(PROPOSAL, {}),
+                **proposal_of(t),
                 space=space,
                 folder=folder,
             )

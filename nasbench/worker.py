@@ -23,9 +23,9 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm.auto import tqdm
 
 from nasbench.errors import SpaceExhausted, StudyError
-from nasbench.objective import WEIGHTS, Constraint, Objective, TrialRun, checked
+from nasbench.objective import WEIGHTS, Constraint, Objective, Parent, TrialRun, checked
 from nasbench.pareto import dominates
-from nasbench.strategies.base import Ledger, arch_of, distributions
+from nasbench.strategies.base import HistorySampler, Ledger, arch_of, distributions, proposal_of
 from search_spaces.base import Arch, ArchError, SearchSpace
 
 FAILURES = 5
@@ -43,7 +43,8 @@ class Worker:
 
     A running trial holds a file lock in its folder, which the system frees when the process dies, even by `kill -9`.
     Under the study's lock a worker claims an orphan first, else a new trial; when all trials are taken but some still
-    run elsewhere it waits, to adopt them should their worker die.
+    run elsewhere it waits, to adopt them should their worker die. A trial whose parent still runs waits too, and no
+    other is begun meanwhile.
 
     Args:
         study: the Optuna study, with its sampler and pruner.
@@ -133,11 +134,14 @@ class Worker:
             with self._study_lock():
                 self._catch_up()
                 trial = self._orphan(held)
-                if trial is None and self.finished + len(self._running) < self.trials:
+                left = self.finished + len(self._running) < self.trials
+                if trial is None and left and not any(map(self._waits, self._running)):
                     trial = self._ask()
                     if self.folder is not None:
                         held.enter_context(self._trial_lock(trial.number))
                         self._sign_for(trial)
+                        if self._waits(self.study._storage.get_trial(trial._trial_id)):
+                            trial = None  # an orphan, which will be claimed when its parent is done
             if trial is not None:
                 held.enter_context(_heartbeat(self.study, trial))
             yield trial
@@ -161,7 +165,7 @@ class Worker:
             return None
         for running in self._running:
             here = running.user_attrs.get("worker", _HERE).split("/")[0] == _HERE
-            if not here and not _stale(self.study, running):
+            if self._waits(running) or (not here and not _stale(self.study, running)):
                 continue
             lock = self._trial_lock(running.number)
             try:
@@ -179,6 +183,11 @@ class Worker:
                 trial.suggest_categorical(name, options)
             return trial
         return None
+
+    def _waits(self, trial: FrozenTrial) -> bool:
+        """Whether a trial inherits from one that still runs."""
+        parent = proposal_of(trial).get("parent")
+        return parent is not None and any(t.number == parent for t in self._running)
 
     @staticmethod
     def _sign_for(trial: optuna.Trial) -> None:
@@ -316,7 +325,7 @@ class Worker:
             self._catch_up()
             if any(t.number == number for t in self._running):
                 return
-            keep = {t.number for t in self._front}
+            keep = {t.number for t in self._front} | {self._origin(number) for number in self._future_parents()}
             for weights in self.folder.glob(f"trials/*/{WEIGHTS}"):
                 if weights.parent.name.isdecimal() and int(weights.parent.name) not in keep | {
                     t.number for t in self._running
@@ -330,6 +339,38 @@ class Worker:
             else:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    # Parents -------------------------------------------------------------------------------------------------------
+
+    def parent_of(self, trial: FrozenTrial) -> Parent | None:
+        """Return what a trial is to inherit from, if anything."""
+        number = proposal_of(trial).get("parent")
+        if number is None:
+            return None
+        stored = self._stored(number)
+        arch = arch_of(stored, self.space) if stored is not None else None
+        if arch is None or self.folder is None:
+            return Parent(number, arch or Arch({}), None)
+        return Parent(number, arch, self.folder / "trials" / str(self._origin(number)) / WEIGHTS)
+
+    def _future_parents(self) -> set[int]:
+        """Return the parents of running trials, and the trials that the strategy may yet make parents."""
+        running = (proposal_of(t).get("parent") for t in self._running)
+        parents = {number for number in running if number is not None}
+        sampler = self.study.sampler
+        return parents | (sampler.keeps(self.study) if isinstance(sampler, HistorySampler) else set())
+
+    def _stored(self, number: int) -> FrozenTrial | None:
+        storage = self.study._storage
+        try:
+            return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number))
+        except KeyError:
+            return None
+
+    def _origin(self, number: int) -> int:
+        """Return the trial whose weights a trial has: its own, or those of an equal one before it."""
+        stored = self._stored(number)
+        return number if stored is None else int(stored.user_attrs.get("copied_from", number))
+
 
 class _Violation(Exception):
     """A constraint is broken."""
@@ -342,6 +383,7 @@ class _Run(TrialRun):
         self._trial, self._worker, self._deadline = trial, worker, worker.deadline
         self.watched = worker.watched
         self.folder = worker.folder / "trials" / str(trial.number) if worker.folder is not None else None
+        self.parent = worker.parent_of(trial.study._storage.get_trial(trial._trial_id))
 
     def show(self, text: str) -> None:
         self._worker.show(f"trial {self._trial.number}: {text}")

@@ -10,10 +10,13 @@ if TYPE_CHECKING:
     from search_spaces.cells import Genotype
     from search_spaces.conv_macro import ConvMacro
     from search_spaces.darts import DARTS
+    from search_spaces.densenet import DenseNet
     from search_spaces.gpt import GPT
+    from search_spaces.growth import GrowingSpace
     from search_spaces.mobilenet import MobileNetV3
     from search_spaces.nasbench201 import NASBench201
     from search_spaces.nasnet import NASNet
+    from search_spaces.plain_cnn import PlainCNN
     from search_spaces.resnet import ResNet
     from search_spaces.vit import ViT
 
@@ -24,11 +27,14 @@ __all__ = [
     "Arch",
     "ArchError",
     "ConvMacro",
+    "DenseNet",
     "Genotype",
+    "GrowingSpace",
     "Mixture",
     "MobileNetV3",
     "NASBench201",
     "NASNet",
+    "PlainCNN",
     "ResNet",
     "SearchSpace",
     "Supernet",
@@ -40,21 +46,26 @@ __all__ = [
 SPACES = {  # name on the command line -> module:class
     "conv_macro": "search_spaces.conv_macro:ConvMacro",
     "darts": "search_spaces.darts:DARTS",
+    "densenet": "search_spaces.densenet:DenseNet",
     "gpt": "search_spaces.gpt:GPT",
     "mobilenet": "search_spaces.mobilenet:MobileNetV3",
     "nasbench201": "search_spaces.nasbench201:NASBench201",
     "nasnet": "search_spaces.nasnet:NASNet",
+    "plain_cnn": "search_spaces.plain_cnn:PlainCNN",
     "resnet": "search_spaces.resnet:ResNet",
     "vit": "search_spaces.vit:ViT",
 }
 _HOMES = dict.fromkeys(("Arch", "ArchError", "Mixture", "SearchSpace", "Supernet", "nearest"), "search_spaces.base") | {
     "ConvMacro": "search_spaces.conv_macro",
     "DARTS": "search_spaces.darts",
+    "DenseNet": "search_spaces.densenet",
     "GPT": "search_spaces.gpt",
     "Genotype": "search_spaces.cells",
+    "GrowingSpace": "search_spaces.growth",
     "MobileNetV3": "search_spaces.mobilenet",
     "NASBench201": "search_spaces.nasbench201",
     "NASNet": "search_spaces.nasnet",
+    "PlainCNN": "search_spaces.plain_cnn",
     "ResNet": "search_spaces.resnet",
     "ViT": "search_spaces.vit",
 }

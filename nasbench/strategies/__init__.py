@@ -15,14 +15,18 @@ from optuna.samplers import BaseSampler
 
 from nasbench.errors import SettingError
 from nasbench.strategies.base import History, PastTrial, Proposal, Strategy, distributions
+from nasbench.strategies.eas import EAS
 from nasbench.strategies.evolution import Grid, LocalSearch, RegularizedEvolution, TopEvolution
 from nasbench.strategies.one_shot import ONE_SHOT, Differentiable, OneShot, SinglePath
 from nasbench.strategies.one_shot import settings_of as _one_shot_settings
+from nasbench.strategies.predictor import Linas, kendall_taus
+from nasbench.strategies.reinforce import Reinforce
 from nasbench.strategies.relaxation import Dirichlet, Gumbel, Relaxation, Softmax
 from nasbench.strategies.samplers import SAMPLERS, UNFIT, OptunaStrategy, sampler_options
 from search_spaces.base import nearest
 
 __all__ = [
+    "EAS",
     "ONE_SHOT",
     "SAMPLERS",
     "STRATEGIES",
@@ -31,12 +35,14 @@ __all__ = [
     "Grid",
     "Gumbel",
     "History",
+    "Linas",
     "LocalSearch",
     "OneShot",
     "OptunaStrategy",
     "PastTrial",
     "Proposal",
     "RegularizedEvolution",
+    "Reinforce",
     "Relaxation",
     "SinglePath",
     "Softmax",
@@ -44,6 +50,7 @@ __all__ = [
     "TopEvolution",
     "describe",
     "distributions",
+    "kendall_taus",
     "make",
     "settings_of",
 ]
@@ -53,6 +60,9 @@ STRATEGIES: dict[str, Callable[..., Strategy | OptunaStrategy]] = {
     "top_evolution": TopEvolution,
     "local_search": LocalSearch,
     "grid": Grid,
+    "reinforce": Reinforce,
+    "eas": EAS,
+    "linas": Linas,
     **{name: partial(OptunaStrategy, name) for name in SAMPLERS},
 }
 

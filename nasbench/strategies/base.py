@@ -59,7 +59,9 @@ class PastTrial:
 class History(Sequence[PastTrial]):
     """The finished trials in order of completion, append-only; `pending` are the architectures now being evaluated.
 
-    `tried` holds the architecture of every trial that was finished or pruned, for quick membership tests.
+    `pending_numbers` are the numbers of the trials that evaluate them, in the same order, where these are known.
+    `tried` holds the architecture of every trial that was finished or pruned, for quick membership tests. `refused`
+    holds those that were pruned, by a constraint or a pruner, in order, each after the number of trials then finished.
 
     Example:
         >>> history = History([PastTrial(0, Arch({"a": 1}), (0.5,)), PastTrial(1, Arch({"a": 2}), (0.7,))])
@@ -69,10 +71,14 @@ class History(Sequence[PastTrial]):
         (True, 0)
     """
 
-    def __init__(self, trials: Iterable[PastTrial] = (), pending: Iterable[Arch] = ()) -> None:
+    def __init__(
+        self, trials: Iterable[PastTrial] = (), pending: Iterable[Arch] = (), pending_numbers: Iterable[int] = ()
+    ) -> None:
         self._trials = list(trials)
         self.tried = {trial.arch for trial in self._trials}
         self.pending = list(pending)
+        self.pending_numbers = list(pending_numbers)
+        self.refused: list[tuple[int, Arch]] = []
 
     @overload
     def __getitem__(self, index: int) -> PastTrial: ...
@@ -88,6 +94,11 @@ class History(Sequence[PastTrial]):
         """Add a trial that finished after all others."""
         self._trials.append(trial)
         self.tried.add(trial.arch)
+
+    def refuse(self, arch: Arch) -> None:
+        """Add the architecture of a trial that was pruned after all others had ended."""
+        self.refused.append((len(self._trials), arch))
+        self.tried.add(arch)
 
 
 class Strategy(ABC):
@@ -127,8 +138,26 @@ class Strategy(ABC):
             SpaceExhausted: there is nothing left to propose; the search then ends normally.
         """
 
+    def refuses(self, space: SearchSpace) -> str | None:
+        """Return why the strategy cannot search this space, or None: every space will do, unless it says otherwise."""
+        return None
+
+    def keeps(self, space: SearchSpace, history: History) -> set[int]:
+        """Return the numbers of finished trials that may yet be a `Proposal`'s parent: their weights are kept.
+
+        Whatever finishes after this, of the trials in the history no other may become a parent. Trials now running, the
+        parents of these, and the best so far are kept anyway.
+        """
+        return set()
+
     def sampler(self, space: SearchSpace, seed: int = 0) -> BaseSampler:
-        """Return the strategy as an Optuna sampler, for `optuna.create_study(sampler=...)`."""
+        """Return the strategy as an Optuna sampler, for `optuna.create_study(sampler=...)`.
+
+        Raises:
+            SettingError: the strategy cannot search this space.
+        """
+        if (reason := self.refuses(space)) is not None:
+            raise SettingError(reason)
         return HistorySampler(self, space, seed)
 
     def settings(self) -> dict[str, Any]:
@@ -146,6 +175,11 @@ def arch_of(trial: FrozenTrial, space: SearchSpace) -> Arch | None:
     if not space.choices.keys() <= trial.params.keys():
         return None
     return Arch({decision: trial.params[decision] for decision in space.choices})
+
+
+def proposal_of(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the parent and the note that a strategy wanted remembered of a trial, by these names, if it did."""
+    return {key: value for key, value in trial.system_attrs.get(PROPOSAL, {}).items() if key in ("parent", "note")}
 
 
 class Ledger:
@@ -202,14 +236,16 @@ class HistorySampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Option]:
-        """Ask the strategy for an architecture."""
+        """Ask the strategy for an architecture, unless a worker that died had already: then parent and note stand."""
+        if "arch" in (stored := trial.system_attrs.get(PROPOSAL, {})):
+            return dict(stored["arch"])
         with self._lock:  # threads of one study share the history
             history = self._read(study, trial)
             proposal = self.strategy.propose(self.space, history, Random(f"{self.seed}/{trial.number}"))
         if isinstance(proposal, Arch):
             proposal = Proposal(proposal)
         if proposal.parent is not None or proposal.note is not None:
-            remembered = {"parent": proposal.parent, "note": proposal.note}
+            remembered = {"parent": proposal.parent, "note": proposal.note, "arch": dict(proposal.arch)}
             as_read = json.loads(json.dumps(remembered))  # the same in memory as from a file; no JSON fails here
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, as_read)
         return dict(proposal.arch)
@@ -223,7 +259,12 @@ class HistorySampler(BaseSampler):
             f"{param_name!r} = {param_distribution}. Suggest exactly the space's choices."
         )
 
-    def _read(self, study: optuna.Study, current: FrozenTrial) -> History:
+    def keeps(self, study: optuna.Study) -> set[int]:
+        """Return the numbers of finished trials whose weights the strategy may yet want to inherit."""
+        with self._lock:
+            return self.strategy.keeps(self.space, self._read(study))
+
+    def _read(self, study: optuna.Study, current: FrozenTrial | None = None) -> History:
         name = (study.study_name, id(study._storage))
         if name != self._study:
             if len(study.directions) > 1 and not self.strategy.many_objectives:
@@ -238,9 +279,11 @@ class HistorySampler(BaseSampler):
             arch = arch_of(trial, self.space)
             if trial.state == TrialState.COMPLETE and arch is not None:
                 scores = tuple(sign * value for sign, value in zip(signs, trial.values, strict=True))
-                self._history.append(PastTrial(trial.number, arch, scores, **trial.system_attrs.get(PROPOSAL, {})))
+                self._history.append(PastTrial(trial.number, arch, scores, **proposal_of(trial)))
             elif trial.state == TrialState.PRUNED and arch is not None:
-                self._history.tried.add(arch)
-        pending = (arch_of(t, self.space) for t in running if t.number != current.number)
-        self._history.pending = [arch for arch in pending if arch is not None]
+                self._history.refuse(arch)
+        others = [t for t in running if current is None or t.number != current.number]
+        pending = [(t.number, arch) for t in others if (arch := arch_of(t, self.space)) is not None]
+        self._history.pending = [arch for _, arch in pending]
+        self._history.pending_numbers = [number for number, _ in pending]
         return self._history

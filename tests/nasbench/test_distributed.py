@@ -8,18 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import nasbench as nb
 
 ROOT = Path(__file__).parents[2]
 
 
-def both_ranks(tmp_path: Path, *arguments: str) -> list[tuple[int, str, str]]:
+SMALL = ("--space", "nasbench201", "--space-set", "channels=4", "cells=1")
+
+
+def both_ranks(tmp_path: Path, *arguments: str, space: tuple[str, ...] = SMALL) -> list[tuple[int, str, str]]:
     """Run `nasbench search` with these arguments on two ranks; return status, output and errors of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", "nasbench", "search", "--study", "shared", *arguments]
-    command += ["--space", "nasbench201", "--space-set", "channels=4", "cells=1", "--data-set", "train_images=200"]
+    command += [*space, "--data-set", "train_images=200"]
     ranks = []
     for rank in range(2):
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -52,6 +57,14 @@ def check_search(tmp_path: Path, said: list[tuple[int, str, str]], trials: int) 
 
 def test_two_processes_train_as_one_search(tmp_path: Path) -> None:
     check_search(tmp_path, both_ranks(tmp_path, "--trials", "2", "--epochs", "1"), trials=2)
+
+
+@pytest.mark.slow
+def test_two_processes_grow_one_network(tmp_path: Path) -> None:
+    space = ("--space", "plain_cnn", "--space-set", "widths=[4,8]", "fc_widths=[8,16]", "blocks=2", "slots=2")
+    settings = ("--strategy", "eas", "--trials", "3", "--epochs", "1", "--set", "widen=1", "deepen=1")
+    result = check_search(tmp_path, both_ranks(tmp_path, *settings, space=space), trials=3)
+    assert [trial.parent for trial in result.trials] == [None, 0, 0]
 
 
 def test_two_processes_train_one_supernet(tmp_path: Path) -> None:

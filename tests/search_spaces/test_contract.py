@@ -29,10 +29,12 @@ from search_spaces import SPACES, ArchError, Mixture, SearchSpace, space
 SETTINGS: dict[str, dict[str, Any]] = {
     "conv_macro": {"widths": (4, 8)},
     "darts": {"channels": 4, "cells": 3},
+    "densenet": {"growths": (4, 6), "slots": 3, "layers_of_start": 1},
     "gpt": {"widths": (8, 16), "depths": (1, 2), "heads": (1, 2), "ratios": (1, 2)},
     "mobilenet": {"depths": (1, 2), "width": 0.25, "stem": "cifar"},
     "nasbench201": {"channels": 4, "cells": 1},
     "nasnet": {"filters": 4, "repeats": 1},
+    "plain_cnn": {"widths": (4, 8), "fc_widths": (8, 16), "blocks": 2, "slots": 2, "fc_slots": 1},
     "resnet": {"depths": (1, 2), "widths": (4, 8)},
     "vit": {"widths": (8, 16), "heads": (1, 2), "ratios": (1.5, 2.0), "depths": (1, 2), "head_dim": 4},
 }

@@ -90,6 +90,10 @@ def test_a_history_is_a_sequence_that_grows_at_its_end() -> None:
     history.append(trials[2])
     assert list(history) == trials
     assert history.tried == set(archs)
+    history.refuse(SPACE.at(3))
+    assert history.refused == [(3, SPACE.at(3))]
+    assert history.tried == {*archs, SPACE.at(3)}
+    assert list(history) == trials
     assert not History()
 
 

@@ -18,13 +18,20 @@ from optuna.trial import TrialState
 
 from nasbench.errors import SettingError
 from nasbench.strategies import STRATEGIES, LocalSearch, describe, distributions, make
-from search_spaces.base import Arch
+from search_spaces.base import Arch, SearchSpace
+from search_spaces.plain_cnn import PlainCNN
 from search_spaces.resnet import ResNet
 
 SPACE = ResNet(depths=(1, 2), widths=(4, 8, 16))
+SPACES: dict[str, SearchSpace] = {  # of strategies that need one of their own
+    "eas": PlainCNN(widths=(4, 8, 16, 32), fc_widths=(8, 16, 32), blocks=2, slots=3, fc_slots=2),
+}
 # Small settings, so that a dozen trials see every phase of a strategy.
 SETTINGS: dict[str, dict[str, Any]] = {
     "evolution": {"population": 4, "sample": 2, "crossover": 0.5},
+    "reinforce": {"batch": 3, "policy_lr": 0.05},
+    "eas": {"widen": 1, "deepen": 1, "batch": 3, "restart": 5, "hidden": 4},
+    "linas": {"population": 4, "evaluations": 40},
     "tpe": {"n_startup_trials": 4},
     "gp": {"n_startup_trials": 2},
     "nsga2": {"population_size": 4},
@@ -52,18 +59,22 @@ class Case:
     def directions(self) -> list[str]:
         return ["maximize", "minimize"][: self.objectives]
 
+    @property
+    def space(self) -> SearchSpace:
+        return SPACES.get(self.name, SPACE)
+
     def strategy(self) -> Any:
         return make(self.name, **SETTINGS.get(self.name, {}))
 
     def study(self, seed: int = 0, storage: Any = None) -> optuna.Study:
-        sampler = self.strategy().sampler(SPACE, seed)
+        sampler = self.strategy().sampler(self.space, seed)
         return optuna.create_study(
             study_name="study", storage=storage, directions=self.directions, sampler=sampler, load_if_exists=True
         )
 
     def values(self, arch: dict[str, Any]) -> list[float]:
         """What a trial is told: an accuracy with several peaks, and a cost."""
-        code = SPACE.encode(arch)
+        code = self.space.encode(arch)
         quality = sum((3 + i) * position for i, position in enumerate(code)) % 11
         return [quality / 11, float(sum(code))][: self.objectives]
 
@@ -71,20 +82,19 @@ class Case:
         """Evaluate trials one after the other; return what was proposed."""
         archs = []
         for _ in range(trials or self.trials):
-            trial = ask(study)
+            trial = self.ask(study)
             study.tell(trial, self.values(trial.params))
             archs.append(Arch(trial.params))
         return archs
+
+    def ask(self, study: optuna.Study) -> optuna.Trial:
+        return study.ask(distributions(self.space))
 
     def restarted(self, study: optuna.Study) -> optuna.Study:
         """What another process finds: all that was stored, and nothing else; a new sampler."""
         storage = InMemoryStorage()
         optuna.copy_study(from_study_name=study.study_name, from_storage=study._storage, to_storage=storage)
         return self.study(storage=storage)
-
-
-def ask(study: optuna.Study) -> optuna.Trial:
-    return study.ask(distributions(SPACE))
 
 
 CASES = [Case(name) for name in STRATEGIES] + [
@@ -102,8 +112,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def test_proposals_are_of_the_space(case: Case) -> None:
     archs = case.run(case.study())
-    assert all(arch in SPACE for arch in archs)
-    assert all(list(arch) == list(SPACE.choices) for arch in archs)
+    assert all(arch in case.space for arch in archs)
+    assert all(list(arch) == list(case.space.choices) for arch in archs)
     assert len(set(archs)) > len(archs) // 2
 
 
@@ -132,8 +142,8 @@ def test_global_random_numbers_are_neither_used_nor_changed(case: Case) -> None:
 def test_a_study_continues_as_if_unbroken_wherever_it_is_cut(case: Case) -> None:
     study = case.study()
     for number in range(case.trials):
-        restarted = ask(case.restarted(study))
-        trial = ask(study)
+        restarted = case.ask(case.restarted(study))
+        trial = case.ask(study)
         assert restarted.params == trial.params, f"cut before trial {number}"
         study.tell(trial, case.values(trial.params))
 
@@ -142,8 +152,8 @@ def test_a_study_continues_as_if_unbroken_with_trials_running_failed_and_finishe
     study = case.study()
     running: list[optuna.Trial] = []
     for number in range(case.trials):
-        restarted = ask(case.restarted(study))
-        running.append(ask(study))
+        restarted = case.ask(case.restarted(study))
+        running.append(case.ask(study))
         assert restarted.params == running[-1].params, f"cut before trial {number}"
         if len(running) == 2:
             trial = running.pop(number % 2)  # now the older, now the younger
@@ -159,15 +169,15 @@ def test_a_trial_whose_worker_died_is_proposed_again(case: Case, monkeypatch: py
         with monkeypatch.context() as patch:
             patch.setattr(dying._storage, "set_trial_param", dies_after(written, dying._storage.set_trial_param))
             with pytest.raises(Killed):
-                ask(dying)
+                case.ask(dying)
         left = dying.trials[-1]
         assert (left.number, len(left.params)) == (number, written)
 
         adopter = case.restarted(dying)
         adopted = optuna.trial.Trial(adopter, adopter.trials[-1]._trial_id)  # as a worker claims an orphan
-        for name, options in SPACE.choices.items():
+        for name, options in case.space.choices.items():
             adopted.suggest_categorical(name, options)
-        trial = ask(study)
+        trial = case.ask(study)
         assert adopted.params == trial.params, f"trial {number} with {written} parameters written"
         study.tell(trial, case.values(trial.params))
 
@@ -194,25 +204,25 @@ def test_a_study_on_disk_continues_as_if_unbroken(case: Case, tmp_path: Path) ->
 
 def test_a_sampler_serves_plain_optuna(case: Case) -> None:
     def objective(trial: optuna.Trial) -> list[float]:
-        return case.values({name: trial.suggest_categorical(name, o) for name, o in SPACE.choices.items()})
+        return case.values({name: trial.suggest_categorical(name, o) for name, o in case.space.choices.items()})
 
-    study = optuna.create_study(directions=case.directions, sampler=case.strategy().sampler(SPACE, seed=0))
+    study = optuna.create_study(directions=case.directions, sampler=case.strategy().sampler(case.space, seed=0))
     study.optimize(objective, n_trials=case.trials)
     assert [Arch(trial.params) for trial in study.trials] == case.run(case.study())
 
 
 def test_a_strategy_for_one_objective_refuses_two() -> None:
     for name in STRATEGIES:
-        strategy = make(name)
+        strategy, case = make(name), Case(name)
         if not strategy.many_objectives:
-            study = optuna.create_study(directions=["maximize"] * 2, sampler=strategy.sampler(SPACE))
+            study = optuna.create_study(directions=["maximize"] * 2, sampler=strategy.sampler(case.space))
             with pytest.raises(SettingError, match=rf"{type(strategy).__name__} follows one objective.* has 2.*nsga2"):
-                ask(study)
+                case.ask(study)
 
 
 def test_a_space_of_one_option_is_no_special_case() -> None:
     space = ResNet(depths=(1,), widths=(4,))
-    for name in set(STRATEGIES) - {"evolution"}:  # which has nothing to mutate, and says so
+    for name in set(STRATEGIES) - {"evolution", "eas"}:  # which have nothing to mutate or to grow, and say so
         trial = optuna.create_study(sampler=make(name).sampler(space)).ask(distributions(space))
         assert Arch(trial.params) == space.at(0)
 
@@ -251,7 +261,7 @@ def test_strategies_of_the_users_own_are_described_by_their_class() -> None:
         ("evolutoin", "no strategy is called 'evolutoin'; did you mean 'evolution'"),
         ("local-search", "did you mean 'local_search'"),
         ("nsga", "did you mean 'nsga[23]' or 'nsga[23]'"),
-        ("hyperband", "Known: darts, drnas, evolution, .*top_evolution, tpe"),
+        ("hyperband", "Known: darts, drnas, eas, evolution, .*top_evolution, tpe"),
         ("cmaes", "'cmaes' is not offered: .* cannot handle named options.* Known: .*evolution"),
         ("bruteforce", "'bruteforce' is not offered: .*'grid'"),
     ],
