@@ -78,8 +78,9 @@ def search(
             architecture to a mapping of metrics; or an `Objective`.
         strategy: a name, a strategy, or an Optuna sampler (used as it is: only named strategies resume exactly). Names
             of black-box strategies: "evolution", "top_evolution", "local_search", "reinforce", "linas", "grid",
-            "random", "tpe", "gp", "nsga2", "nsga3"; "eas" grows trained networks, of PlainCNN or DenseNet. Of one-shot strategies, which train
-            one supernet and read architectures from it: "darts", "gdas", "drnas", "pcdarts", "spos".
+            "random", "tpe", "gp", "nsga2", "nsga3"; "eas" grows trained networks, of PlainCNN or DenseNet. Of one-shot
+            strategies, which train one supernet and read architectures from it: "darts", "gdas", "drnas", "pcdarts",
+            "spos".
         objectives: metrics to optimise. A name whose better direction is known, several, or {name: "maximize"}; a
             direction of None is one that the name tells.
             Default with data or a table: "val_accuracy".

@@ -474,7 +474,7 @@ class Reindexer:
                 raise RuntimeError(f"it gives {len(after)} tensors instead of {len(before)}")
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise GrowthError(
-                f"{self.text(node)} does not take their new number, {error}. Another one may do, unless it is a constant."
+                f"{self.text(node)} does not take their new number, {error}. Another may do, unless it is a constant."
             ) from None
         moved: list[Moved | None] = []
         for old, new in zip(before, after, strict=True):
