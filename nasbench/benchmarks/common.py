@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from nasbench.data import Data
 from nasbench.devices import processor
 from nasbench.files import atomic_write
+from nasbench.training import fit
+from search_spaces.base import Arch, SearchSpace
 
 _STARTED = time.time()
 
@@ -45,6 +49,14 @@ def record(script: str, figures: dict[str, Any], seeds: Sequence[int] = (), **co
         temporary.write_text(json.dumps(entry, indent=1) + "\n")
     print(json.dumps(figures, indent=1), f"\nwritten to {path}")
     return path
+
+
+def train_from_scratch(
+    space: SearchSpace, arch: Arch, data: Data, seed: int, *, device: str = "cpu", **settings: Any
+) -> nn.Module:
+    """Return an architecture's network trained alone, its first weights and all else drawn from a seed."""
+    torch.manual_seed(seed)
+    return fit(space.build(arch), data, seed=seed, device=device, progress=False, **settings)
 
 
 def in_processes(

@@ -9,6 +9,7 @@ beside this file. Several minutes, most of them TPE's and NSGA-II's own.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 import nasbench as nb
 from nasbench.benchmarks.common import record
+from nasbench.strategies import OptunaStrategy, Strategy
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "nasbench201.npz"
 STRATEGIES = ("random", "evolution", "local_search", "tpe", "nsga2")
@@ -42,6 +44,45 @@ def rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
+def compare_and_record(
+    script: str,
+    strategies: Sequence[str] | Mapping[str, Strategy | OptunaStrategy],
+    table_file: Path,
+    trials: int,
+    seeds: int | Sequence[int],
+) -> None:
+    """Compare strategies on the table by this protocol; write figures and a picture beside a script."""
+    torch.set_num_threads(1)
+    table = nb.Table.load(table_file)
+    comparison = nb.compare(
+        strategies,
+        table.space,
+        table,
+        trials=trials,
+        seeds=seeds,
+        objectives={OBJECTIVE: "maximize"},
+        report=REPORT,
+    )
+    print(comparison)
+    comparison.plot(Path(script).with_suffix(".png"))
+    figures = {
+        "summary": [rounded(row) for row in comparison.summary()],
+        "trials_to_reach_the_end_of_random": reached(comparison),
+        "report_below_best": regret(comparison, table),
+    }
+    record(
+        script,
+        figures,
+        seeds=comparison.seeds,
+        table=table_file.name,
+        trials=trials,
+        strategies=comparison.conditions["strategies"],
+        objective=OBJECTIVE,
+        report=REPORT,
+        test="two-sided Wilcoxon signed-rank against random, paired by seed",
+    )
+
+
 def main() -> None:
     """Compare, draw and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,35 +90,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=20)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    table = nb.Table.load(options.table)
-    comparison = nb.compare(
-        STRATEGIES,
-        table.space,
-        table,
-        trials=options.trials,
-        seeds=options.seeds,
-        objectives={OBJECTIVE: "maximize"},
-        report=REPORT,
-    )
-    print(comparison)
-    comparison.plot(Path(__file__).with_suffix(".png"))
-    figures = {
-        "summary": [rounded(row) for row in comparison.summary()],
-        "trials_to_reach_the_end_of_random": reached(comparison),
-        "report_below_best": regret(comparison, table),
-    }
-    record(
-        __file__,
-        figures,
-        seeds=comparison.seeds,
-        table=options.table.name,
-        trials=options.trials,
-        strategies=comparison.conditions["strategies"],
-        objective=OBJECTIVE,
-        report=REPORT,
-        test="two-sided Wilcoxon signed-rank against random, paired by seed",
-    )
+    compare_and_record(__file__, STRATEGIES, options.table, options.trials, options.seeds)
 
 
 if __name__ == "__main__":

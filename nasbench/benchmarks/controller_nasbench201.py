@@ -13,11 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
-import nasbench as nb
-from nasbench.benchmarks.common import record
-from nasbench.benchmarks.compare_nasbench201 import OBJECTIVE, REPORT, SHARED, reached, regret, rounded
+from nasbench.benchmarks.compare_nasbench201 import SHARED, compare_and_record
 from nasbench.strategies import Linas, OptunaStrategy, RegularizedEvolution, Reinforce, Strategy
 
 STRATEGIES: dict[str, Strategy | OptunaStrategy] = {
@@ -38,34 +34,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=20)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    table = nb.Table.load(options.table)
-    comparison = nb.compare(
-        STRATEGIES,
-        table.space,
-        table,
-        trials=options.trials,
-        seeds=range(FIRST_SEED, FIRST_SEED + options.seeds),
-        objectives={OBJECTIVE: "maximize"},
-        report=REPORT,
-    )
-    print(comparison)
-    comparison.plot(Path(__file__).with_suffix(".png"))
-    figures = {
-        "summary": [rounded(row) for row in comparison.summary()],
-        "trials_to_reach_the_end_of_random": reached(comparison),
-        "report_below_best": regret(comparison, table),
-    }
-    record(
-        __file__,
-        figures,
-        seeds=comparison.seeds,
-        table=options.table.name,
-        trials=options.trials,
-        strategies=comparison.conditions["strategies"],
-        objective=OBJECTIVE,
-        report=REPORT,
-        test="two-sided Wilcoxon signed-rank against random, paired by seed",
+    compare_and_record(
+        __file__, STRATEGIES, options.table, options.trials, range(FIRST_SEED, FIRST_SEED + options.seeds)
     )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import nasbench as nb
-from nasbench.benchmarks.common import in_processes, record
+from nasbench.benchmarks.common import in_processes, record, train_from_scratch
 from search_spaces import Arch, ConvMacro
 
 METHODS = ("darts", "gdas", "drnas", "spos")
@@ -110,19 +110,8 @@ def train(options: argparse.Namespace, arch: Arch, seed: int) -> dict[str, Any]:
     """Train one architecture from scratch and test it."""
     data = nb.data.load(options.data, train_images=options.train_images)
     space = space_of(options).bind(data)
-    torch.manual_seed(seed)
-    model = space.build(arch)
-    nb.fit(
-        model,
-        data,
-        epochs=options.train_epochs,
-        batch_size=64,
-        lr=0.05,
-        seed=seed,
-        split="train+val",
-        device="cpu",
-        progress=False,
-    )
+    settings = {"epochs": options.train_epochs, "batch_size": 64, "lr": 0.05, "split": "train+val"}
+    model = train_from_scratch(space, arch, data, seed, **settings)
     cost = nb.measure(model, data.shape)
     return {
         "arch": dict(arch),

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import nasbench as nb
-from nasbench.benchmarks.common import in_processes, record
+from nasbench.benchmarks.common import in_processes, record, train_from_scratch
 from search_spaces import DARTS
 
 
@@ -89,19 +89,8 @@ def search_and_train(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     other = next(a for a in (space.sample(rng) for _ in range(100_000)) if abs(params(space, a) / target - 1) <= 0.05)
     entry: dict[str, Any] = {"seed": seed, "search_seconds": round(seconds, 1)}
     for name, arch in (("found", found), ("random", other)):
-        torch.manual_seed(seed)
-        model = space.build(arch)
-        nb.fit(
-            model,
-            data,
-            epochs=options.train_epochs,
-            batch_size=64,
-            lr=0.05,
-            seed=seed,
-            split="train+val",
-            device="cpu",
-            progress=False,
-        )
+        settings = {"epochs": options.train_epochs, "batch_size": 64, "lr": 0.05, "split": "train+val"}
+        model = train_from_scratch(space, arch, data, seed, **settings)
         entry[name] = {
             "test_accuracy": round(nb.evaluate(model, data)["test_accuracy"], 4),
             "params": params(space, arch),

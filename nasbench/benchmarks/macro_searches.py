@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 import nasbench as nb
-from nasbench.benchmarks.common import in_processes, record
+from nasbench.benchmarks.common import in_processes, record, train_from_scratch
 from search_spaces import GPT, Arch, MobileNetV3, SearchSpace, ViT
 
 
@@ -174,8 +174,7 @@ def search_and_train(options: argparse.Namespace, name: str, seed: int) -> dict[
 def train(space: SearchSpace, arch: Arch, data: nb.Data, plan: Plan, seed: int, device: str) -> dict[str, Any]:
     """Train one architecture from scratch, validate it and test it."""
     started = time.perf_counter()
-    torch.manual_seed(seed)
-    model = nb.fit(space.build(arch), data, seed=seed, device=device, progress=False, **plan.train)
+    model = train_from_scratch(space, arch, data, seed, device=device, **plan.train)
     seconds = time.perf_counter() - started
     scores = nb.validate(model, data) | nb.evaluate(model, data)
     cost = nb.measure(model, data.shape)
