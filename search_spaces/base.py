@@ -328,6 +328,29 @@ class SearchSpace(ABC):
             if not unbound and (type(value) is not int or value < 1):
                 raise ArchError(f"{type(self).__name__} was given {name}={value!r}; it is a positive integer.")
 
+    def require_options(self, *settings: str, ascending: bool = True) -> None:
+        """Raise `ArchError` unless these settings are tuples of positive integers, each of them once.
+
+        Lists, as JSON has them, are made tuples: they would make the space unhashable.
+
+        Args:
+            ascending: each must be greater than the last.
+        """
+        owner, order = type(self).__name__, "in ascending order" if ascending else "each once"
+        for name in settings:
+            options = getattr(self, name)
+            if isinstance(options, list):
+                options = tuple(options)
+                object.__setattr__(self, name, options)
+            if not isinstance(options, tuple) or any(type(option) is not int or option < 1 for option in options):
+                raise ArchError(
+                    f"{owner} was given {name}={options!r}; it is a tuple of positive integers (on the command line a "
+                    f"list, {name}=[4,8])."
+                )
+            right = sorted(set(options)) == list(options) if ascending else len(set(options)) == len(options)
+            if not options or not right:
+                raise ArchError(f"{owner} was given {name}={options!r}; it needs at least one option, {order}.")
+
     def to_json(self) -> str:
         """Return the space's class name and settings as JSON: what a study or a table is checked against."""
         return json.dumps({"space": type(self).__name__, **dataclasses.asdict(self)})  # type: ignore[call-overload]

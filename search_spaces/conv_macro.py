@@ -19,7 +19,6 @@ from search_spaces.entangled import (
     KernelAxis,
     Span,
     check_kernels,
-    check_options,
 )
 from search_spaces.operations import ConvBN
 
@@ -65,7 +64,7 @@ class ConvMacro(SearchSpace):
     in_channels: int | None = None
 
     def __post_init__(self) -> None:
-        check_options(self, "kernels", "widths")
+        self.require_options("kernels", "widths")
         check_kernels(self.kernels)
         self.require_positive("classes", "in_channels")
 

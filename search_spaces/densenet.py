@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from search_spaces.base import Arch, ArchError, Choices, Option
-from search_spaces.entangled import check_options
 from search_spaces.growth import DEEPEN_NOISE, GrowingSpace, Growth, Layer, align, layer_at
 
 BOTTLENECK = 4
@@ -59,9 +58,10 @@ class DenseNet(GrowingSpace):
     in_channels: int | None = None
 
     widenings = 10
+    between = "transition"
 
     def __post_init__(self) -> None:
-        check_options(self, "growths")
+        self.require_options("growths")
         self.require_positive("blocks", "slots", "layers_of_start", "classes", "in_channels")
         if self.layers_of_start > self.slots:
             raise ArchError(f"layers_of_start={self.layers_of_start} do not fit into slots={self.slots} of a block.")
@@ -73,17 +73,6 @@ class DenseNet(GrowingSpace):
             for b in range(self.blocks)
             for i in range(self.slots)
         }
-
-    def canonical(self, arch: Arch) -> Arch:
-        """Return the architecture with the layers of every block moved together."""
-        return self._arch(self._packed(arch))
-
-    def graph(self, arch: Arch) -> list[tuple[str, str, str]]:
-        """Return the layers that are there as a chain; that each reads all before it in its block goes without."""
-        names = ["input"]
-        for b, block in enumerate(self.layers(arch)):
-            names += [f"transition {b}"] * (b > 0) + [f"{word} ({b}.{i})" for i, word in enumerate(block)]
-        return list(zip(names, [*names[1:], "output"], [""] * len(names), strict=True))
 
     def build(self, arch: Arch) -> nn.Module:
         """Return the network, initialised by torch's layers: (B, in_channels, H, W) images to (B, classes) logits.

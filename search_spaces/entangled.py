@@ -528,26 +528,6 @@ class EntangledSupernet(Supernet):
         return network.train(self.training)
 
 
-def check_options(space: SearchSpace, *settings: str) -> None:
-    """Raise `ArchError` unless these settings of a space are tuples of positive integers, each greater than the last.
-
-    Lists, as JSON has them, are made tuples: they would make the space unhashable.
-    """
-    owner = type(space).__name__
-    for name in settings:
-        options = getattr(space, name)
-        if isinstance(options, list):
-            options = tuple(options)
-            object.__setattr__(space, name, options)
-        if not isinstance(options, tuple) or any(type(option) is not int or option < 1 for option in options):
-            raise ArchError(
-                f"{owner} was given {name}={options!r}; it is a tuple of positive integers (on the command line a "
-                f"list, {name}=[4,8])."
-            )
-        if not options or list(options) != sorted(set(options)):
-            raise ArchError(f"{owner} was given {name}={options!r}; it needs at least one option, in ascending order.")
-
-
 def check_kernels(sizes: Sequence[int]) -> None:
     """Raise `ArchError` if a kernel has an even size."""
     if even := [size for size in sizes if type(size) is int and size % 2 == 0]:

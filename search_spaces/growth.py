@@ -30,6 +30,7 @@ class GrowingSpace(SearchSpace):
     Attributes:
         kernels: kernel sizes of which a new layer may have any; empty where it has that of the layer before it.
         widenings: how often the strategy "eas" offers every layer of a network to be widened, unless it is told.
+        between: what stands between two blocks, in a word.
 
     Example:
         >>> from search_spaces import PlainCNN
@@ -46,6 +47,7 @@ class GrowingSpace(SearchSpace):
 
     kernels: tuple[int, ...] = ()
     widenings: int = 4
+    between: str = "pool"
 
     @property
     @abstractmethod
@@ -88,6 +90,25 @@ class GrowingSpace(SearchSpace):
         Raises:
             ArchError: the architecture is not of this space, or has no such layer; no such kernel.
         """
+
+    @abstractmethod
+    def _packed(self, arch: Arch) -> list[list[Layer]]:
+        """Return the layers that are there, block by block."""
+
+    @abstractmethod
+    def _arch(self, blocks: list[list[Layer]]) -> Arch:
+        """Return the architecture with these layers."""
+
+    def canonical(self, arch: Arch) -> Arch:
+        """Return the architecture with the layers of every block moved together, and what they leave reset."""
+        return self._arch(self._packed(arch))
+
+    def graph(self, arch: Arch) -> list[tuple[str, str, str]]:
+        """Return the layers that are there as a chain, and what is between blocks."""
+        names = ["input"]
+        for b, block in enumerate(self.layers(arch)):
+            names += [f"{self.between} {b}"] * (b > 0) + [f"{word} ({b}.{i})" for i, word in enumerate(block)]
+        return [(one, other, "") for one, other in pairwise([*names, "output"])]
 
     @abstractmethod
     def _grow(self, growth: Growth, arch: Arch, child: Arch) -> None:

@@ -21,7 +21,6 @@ from search_spaces.entangled import (
     KernelAxis,
     Span,
     check_kernels,
-    check_options,
 )
 from search_spaces.operations import ConvBN, DropPath
 
@@ -95,7 +94,7 @@ class MobileNetV3(SearchSpace):
     in_channels: int | None = None
 
     def __post_init__(self) -> None:
-        check_options(self, "kernels", "expands", "depths")
+        self.require_options("kernels", "expands", "depths")
         check_kernels(self.kernels)
         if self.expands[0] < 2:
             raise ArchError(f"MobileNetV3 was given expands={self.expands}; expansions are 2 or more.")

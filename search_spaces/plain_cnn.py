@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from search_spaces.base import Arch, ArchError, Choices, Option
-from search_spaces.entangled import check_kernels, check_options
+from search_spaces.entangled import check_kernels
 from search_spaces.growth import DEEPEN_NOISE, GrowingSpace, Growth, Layer, align, layer_at, spread
 from search_spaces.operations import ConvBN
 
@@ -61,7 +61,7 @@ class PlainCNN(GrowingSpace):
     in_channels: int | None = None
 
     def __post_init__(self) -> None:
-        check_options(self, "widths", "fc_widths", "kernels")
+        self.require_options("widths", "fc_widths", "kernels")
         check_kernels(self.kernels)
         self.require_positive("blocks", "slots", "fc_slots", "classes", "in_channels")
 
@@ -73,17 +73,6 @@ class PlainCNN(GrowingSpace):
                 found[f"block{b}_filters{i}"] = self.widths if i == 0 else (0, *self.widths)
                 found[f"block{b}_kernel{i}"] = self.kernels
         return found | {f"fc{i}": (0, *self.fc_widths) for i in range(self.fc_slots)}
-
-    def canonical(self, arch: Arch) -> Arch:
-        """Return the architecture with the layers of every block moved together and inert kernels reset."""
-        return self._arch(self._packed(arch))
-
-    def graph(self, arch: Arch) -> list[tuple[str, str, str]]:
-        """Return the layers that are there as a chain."""
-        names = ["input"]
-        for b, block in enumerate(self.layers(arch)):
-            names += [f"pool {b}"] * (b > 0) + [f"{word} ({b}.{i})" for i, word in enumerate(block)]
-        return list(zip(names, [*names[1:], "output"], [""] * len(names), strict=True))
 
     def build(self, arch: Arch) -> nn.Module:
         """Return the network, initialised by torch's layers: (B, in_channels, H, W) images to (B, classes) logits.

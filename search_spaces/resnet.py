@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from search_spaces.base import Arch, ArchError, Choices, SearchSpace
+from search_spaces.base import Arch, Choices, SearchSpace
 from search_spaces.operations import ConvBN, DropPath
 
 
@@ -50,15 +50,7 @@ class ResNet(SearchSpace):
     in_channels: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("depths", "widths"):
-            options = getattr(self, name)
-            if isinstance(options, list):  # as JSON has it; it would make the space unhashable
-                options = tuple(options)
-                object.__setattr__(self, name, options)
-            if not isinstance(options, tuple) or any(type(option) is not int or option < 1 for option in options):
-                raise ArchError(f"ResNet was given {name}={options!r}; it is a tuple of positive integers.")
-            if not options or len(set(options)) < len(options):
-                raise ArchError(f"ResNet was given {name}={options!r}; it needs at least one option, each once.")
+        self.require_options("depths", "widths", ascending=False)
         self.require_positive("classes", "in_channels")
 
     @cached_property

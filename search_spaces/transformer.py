@@ -25,7 +25,6 @@ from search_spaces.entangled import (
     EntangledSupernet,
     Span,
     attend,
-    check_options,
 )
 from search_spaces.operations import DropPath
 
@@ -155,7 +154,7 @@ class TransformerSpace(SearchSpace):
         Raises:
             ArchError: options are missing, not positive, or do not ascend; or an MLP would have no hidden feature.
         """
-        check_options(self, "widths", "depths", "heads")
+        self.require_options("widths", "depths", "heads")
         name, ratios = type(self).__name__, getattr(self, "ratios")  # noqa: B009 - of any type, whatever is declared
         if isinstance(ratios, list):
             ratios = tuple(ratios)
