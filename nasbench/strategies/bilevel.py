@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from search_spaces.base import Mixture, Supernet
@@ -196,8 +197,6 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 def _twice_differentiable() -> AbstractContextManager[None]:
     """Let attention be computed by kernels that can be differentiated twice; torch's fused ones cannot."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
     return context
 

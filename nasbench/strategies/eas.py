@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from nasbench.errors import SettingError
 from nasbench.recipe import is_number
 from nasbench.strategies.base import History, PastTrial, Proposal, Strategy
+from nasbench.strategies.relaxation import COUNT, check_settings
 from search_spaces.base import Arch, SearchSpace, nearest
 from search_spaces.growth import GrowingSpace
 
@@ -89,21 +90,20 @@ class EAS(Strategy):
     embedding: int = 16
 
     def __post_init__(self) -> None:
-        def check(name: str, good: bool, rule: str) -> None:
-            if not good:
-                raise SettingError(f"{name}={getattr(self, name)!r}, but it must be {rule}.")
-
         for name, known in (("controller", CONTROLLERS), ("baseline", BASELINES), ("reward", REWARDS)):
             if getattr(self, name) not in known:
                 raise SettingError(f"{name}={getattr(self, name)!r}; {nearest(getattr(self, name), known)}")
-        for name, least in (("widen", 0), ("deepen", 0), ("batch", 1), ("restart", 1), ("hidden", 1), ("embedding", 1)):
-            value = getattr(self, name)
-            unset = name == "widen" and value is None
-            check(name, unset or (type(value) is int and value >= least), f"a whole number, at least {least}")
-        check("policy_lr", is_number(self.policy_lr) and self.policy_lr > 0, "a number above 0")
-        check("entropy", is_number(self.entropy) and self.entropy >= 0, "a number, 0 or more")
-        check("highest", is_number(self.highest) and 0 < self.highest < 1, "a number between 0 and 1")
-        check("decay", is_number(self.decay) and 0 <= self.decay < 1, "a number from 0 to below 1")
+        check_settings(
+            "strategy 'eas'",
+            self,
+            widen=(lambda v: v is None or (type(v) is int and v >= 0), "a whole number, at least 0"),
+            deepen=(lambda v: type(v) is int and v >= 0, "a whole number, at least 0"),
+            **dict.fromkeys(("batch", "restart", "hidden", "embedding"), COUNT),
+            policy_lr=(lambda v: is_number(v) and v > 0, "a number above 0"),
+            entropy=(lambda v: is_number(v) and v >= 0, "a number, 0 or more"),
+            highest=(lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1"),
+            decay=(lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
+        )
 
     def refuses(self, space: SearchSpace) -> str | None:
         """Return that a space's networks do not grow, if they do not."""

@@ -13,9 +13,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from nasbench.errors import SettingError
 from nasbench.recipe import is_number
 from nasbench.strategies.base import History, PastTrial, Proposal, Strategy
+from nasbench.strategies.relaxation import check_settings
 from search_spaces.base import Arch, SearchSpace
 
 Codes = NDArray[np.int64]
@@ -80,16 +80,15 @@ class Linas(Strategy):
     mutation: float | None = None
 
     def __post_init__(self) -> None:
-        def check(name: str, good: bool, rule: str) -> None:
-            if not good:
-                raise SettingError(f"{name}={getattr(self, name)!r}, but it must be {rule}.")
-
-        check("population", type(self.population) is int and self.population >= 2, "a whole number, at least 2")
-        many = type(self.evaluations) is int and self.evaluations >= self.population
-        check("evaluations", many, f"a whole number, at least population={self.population}")
-        check("crossover", is_number(self.crossover) and 0 <= self.crossover <= 1, "a number from 0 to 1")
-        good = self.mutation is None or (is_number(self.mutation) and 0 < self.mutation <= 1)
-        check("mutation", good, "a number above 0, at most 1, or None")
+        least = self.population  # of evaluations
+        check_settings(
+            "strategy 'linas'",
+            self,
+            population=(lambda v: type(v) is int and v >= 2, "a whole number, at least 2"),
+            evaluations=(lambda v: type(v) is int and v >= least, f"a whole number, at least population={least}"),
+            crossover=(lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+            mutation=(lambda v: v is None or (is_number(v) and 0 < v <= 1), "a number above 0, at most 1, or None"),
+        )
 
     def propose(self, space: SearchSpace, history: History, rng: Random) -> Arch | Proposal:
         """Draw at random for the first generation, then propose what the last whole generation's predictors found."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nasbench.errors import SettingError
 from nasbench.recipe import is_number
 from nasbench.strategies.base import History, PastTrial, Proposal, Strategy
+from nasbench.strategies.relaxation import COUNT, check_settings
 from search_spaces.base import Arch, SearchSpace, nearest
 
 ALGORITHMS = ("ppo", "reinforce")
@@ -68,19 +69,17 @@ class Reinforce(Strategy):
     hidden: int = 100
 
     def __post_init__(self) -> None:
-        def check(name: str, good: bool, rule: str) -> None:
-            if not good:
-                raise SettingError(f"{name}={getattr(self, name)!r}, but it must be {rule}.")
-
         if self.algorithm not in ALGORITHMS:
             raise SettingError(f"algorithm={self.algorithm!r}; {nearest(self.algorithm, ALGORITHMS)}")
-        for name in ("batch", "passes", "hidden"):
-            value = getattr(self, name)
-            check(name, type(value) is int and value >= 1, "a whole number, at least 1")
-        check("policy_lr", is_number(self.policy_lr) and self.policy_lr > 0, "a number above 0")
-        check("clip_ratio", is_number(self.clip_ratio) and 0 < self.clip_ratio < 1, "a number between 0 and 1")
-        check("entropy", is_number(self.entropy) and self.entropy >= 0, "a number, 0 or more")
-        check("baseline", is_number(self.baseline) and 0 <= self.baseline < 1, "a number from 0 to below 1")
+        check_settings(
+            "strategy 'reinforce'",
+            self,
+            **dict.fromkeys(("batch", "passes", "hidden"), COUNT),
+            policy_lr=(lambda v: is_number(v) and v > 0, "a number above 0"),
+            clip_ratio=(lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1"),
+            entropy=(lambda v: is_number(v) and v >= 0, "a number, 0 or more"),
+            baseline=(lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
+        )
 
     def propose(self, space: SearchSpace, history: History, rng: Random) -> Arch | Proposal:
         """Draw from the policy as it is after all whole batches of the history."""

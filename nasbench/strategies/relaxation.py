@@ -23,6 +23,7 @@ from search_spaces.base import Choices, Mixture
 
 Logits = Mapping[str, Tensor]
 Rule = tuple[Callable[[Any], bool], str]
+COUNT: Rule = (lambda value: type(value) is int and value >= 1, "a whole number, at least 1")
 TRUE_OR_FALSE: Rule = (lambda value: isinstance(value, bool), "True or False")
 
 
