@@ -29,6 +29,7 @@ from nasbench.recipe import Recipe
 from nasbench.result import Trial
 from nasbench.strategies import OneShot, OptunaStrategy, Strategy
 from nasbench.study import search
+from nasbench.style import save_figure
 from nasbench.table import Table
 from nasbench.training import evaluate
 from search_spaces.base import Arch, SearchSpace, nearest
@@ -179,10 +180,7 @@ class Comparison:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25, linewidth=0.6)
         figure.suptitle(f"{self._title()}; mean ± standard error over seeds", fontsize=10)
-        if path is not None:
-            target = Path(path)
-            with atomic_write(target) as temporary:
-                figure.savefig(temporary, format=target.suffix.lstrip(".") or "png", dpi=120)
+        save_figure(figure, path, dpi=120)
         return figure
 
     def _colours(self) -> Iterator[tuple[str, str]]:

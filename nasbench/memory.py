@@ -57,7 +57,7 @@ def step_bytes(
 def alive_bytes(
     supernet: nn.Module, step: Callable[[Tensor, Tensor], object], shape: tuple[int, ...], count: int
 ) -> list[int]:
-    """Return how many bytes are alive after each operator of a step of so many inputs, gradients included."""
+    """Return how many bytes are alive at first and after each operator of a step of so many inputs, with gradients."""
     device = next(supernet.parameters()).device
     x = zeros(count, shape, device, channels_last=True)
     y = torch.zeros((count, *shape) if len(shape) == 1 else count, dtype=torch.long, device=device)

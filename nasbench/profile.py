@@ -122,7 +122,7 @@ def measure(
         params=sum(p.numel() for p in twin.parameters()),
         macs=macs,
         bytes=sum(t.numel() * t.element_size() for t in stored.values()),
-        peak_bytes=watch.peak,
+        peak_bytes=max(watch.sums),
         uncounted=tuple(sorted(watch.uncounted)),
         latency=timed,
     )
@@ -269,10 +269,10 @@ class Watch(TorchDispatchMode):
     def __init__(self, x: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.uncounted: set[str] = set()
-        self.sums: list[int] = []  # bytes alive after each operator
         self._alive: dict[int, int] = {}
-        self._sum = self.peak = 0
+        self._sum = 0
         self._count(_storages(x).values())
+        self.sums = [self._sum]  # bytes alive at first, and after each operator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -291,7 +291,6 @@ class Watch(TorchDispatchMode):
                 self._alive[key] = storage.nbytes()
                 self._sum += storage.nbytes()
                 weakref.finalize(storage, self._forget, key).atexit = False  # called when its memory is freed
-        self.peak = max(self.peak, self._sum)
 
     def _forget(self, key: int) -> None:
         self._sum -= self._alive.pop(key, 0)

@@ -108,11 +108,11 @@ def new_figure(width: float, height: float, **settings: Any) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path | None) -> None:
+def save_figure(figure: Figure, path: str | Path | None, dpi: int = 150) -> None:
     """Write a figure to a file, whole or not at all: as PNG, PDF or SVG by its ending. None: nowhere."""
     if path is not None:
         with atomic_write(target := Path(path)) as temporary:
-            figure.savefig(temporary, format=target.suffix.lstrip(".") or "png", dpi=150)
+            figure.savefig(temporary, format=target.suffix.lstrip(".") or "png", dpi=dpi)
 
 
 def name_axis(axis: Axis, name: str, sign: float) -> None:

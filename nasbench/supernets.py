@@ -177,6 +177,8 @@ class SupernetTraining:
         entry = self._record(epoch, means, others is not None)
         if rank == 0:  # it alone writes the entries
             entry |= self._score(epoch, entry)
+        if self.ranks is not None and "arch" in entry:
+            entry |= self.ranks.look_up(self.space.check(entry["arch"]))
         bar.set_postfix_str(_words(entry))
         self.seconds += time.monotonic() - started
         self.epochs.append(entry | {"seconds": round(self.seconds, 3)})
@@ -249,8 +251,7 @@ class SupernetTraining:
         scores = {arch: self.inherit(arch)[1] for arch in archs}
         best = max(archs, key=lambda arch: (scores[arch]["val_accuracy"], -scores[arch]["val_loss"]))
         seconds = last.get("scoring_seconds", 0.0) + time.monotonic() - started
-        truth = self.ranks.look_up(best) if self.ranks is not None else {}
-        return {"arch": dict(best), **scores[best], **truth, "scoring_seconds": round(seconds, 3)}
+        return {"arch": dict(best), **scores[best], "scoring_seconds": round(seconds, 3)}
 
     def _record(self, epoch: int, means: Sequence[float], moved: bool) -> dict[str, Any]:
         """Return what is kept of an epoch: losses, probabilities, and the architecture they decode to."""
@@ -265,8 +266,6 @@ class SupernetTraining:
             entry["probabilities"] = {site: row.tolist() for site, row in probabilities.items()}
             entry["arch"] = dict(arch)
             entry["skips"] = count_skips(arch)
-            if self.ranks is not None:
-                entry |= self.ranks.look_up(arch)
             if moved and getattr(self.strategy, "stop_eigenvalue", False):
                 entry["eigenvalue"] = self._eigenvalue(epoch)
         return entry
