@@ -371,6 +371,8 @@ def _check_combination(strategy: Any, directions: Mapping[str, str], pruner: Any
             f"{type(strategy).__name__} follows one objective, not {', '.join(directions)}. "
             'Use strategy="nsga2" or "tpe", or make constraints of the others.'
         )
+    if isinstance(strategy, Strategy) and (reason := strategy.refuses_directions(list(directions.values()))):
+        raise SettingError(reason)
     if pruner is None:
         return
     if dist.is_initialized():

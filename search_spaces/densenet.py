@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from search_spaces.base import Arch, ArchError, Choices, Option
-from search_spaces.growth import DEEPEN_NOISE, GrowingSpace, Growth, Layer, align, layer_at
+from search_spaces.growth import DEEPEN_NOISE, GrowingSpace, Growth, Layer, align
 
 BOTTLENECK = 4
 
@@ -114,29 +114,17 @@ class DenseNet(GrowingSpace):
         """gGROWTH."""
         return tuple(f"g{growth}" for growth in self.growths)
 
-    def layers(self, arch: Arch) -> list[list[str]]:
-        """Return gGROWTH for every layer, block by block."""
-        return [[f"g{layer.width}" for layer in block] for block in self._packed(self.check(arch))]
+    def widths_of(self, block: int) -> tuple[int, ...]:
+        """Return `growths`, of every block."""
+        return self.growths
 
-    def widened(self, arch: Arch, block: int, layer: int) -> Arch | None:
-        """Return the architecture with this layer at its next growth rate, or None if it has the largest."""
-        blocks = self._packed(self.check(arch))
-        old = layer_at(blocks, block, layer)
-        if old.width == self.growths[-1]:
-            return None
-        blocks[block][layer] = Layer(self.growths[self.growths.index(old.width) + 1])
-        return self._arch(blocks)
+    def kernels_of(self, block: int) -> tuple[int, ...]:
+        """Return that there is no choice: a new layer is a copy of the one before it."""
+        return ()
 
-    def deepened(self, arch: Arch, block: int, layer: int, kernel: int | None = None) -> Arch | None:
-        """Return the architecture with a copy of this layer behind it, or None if the block is full."""
-        blocks = self._packed(self.check(arch))
-        old = layer_at(blocks, block, layer)
-        if kernel is not None:
-            raise ArchError(f"kernel={kernel!r}: the layers of a DenseNet have no choice of kernels. Leave it out.")
-        if len(blocks[block]) == self.slots:
-            return None
-        blocks[block].insert(layer + 1, old)
-        return self._arch(blocks)
+    def _word(self, layer: Layer) -> str:
+        """Return the word of `vocabulary` for a layer."""
+        return f"g{layer.width}"
 
     def _packed(self, arch: Arch) -> list[list[Layer]]:
         """Return the layers that are there, block by block."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -65,22 +65,53 @@ class GrowingSpace(SearchSpace):
         """Every word that `layers` may use."""
 
     @abstractmethod
+    def widths_of(self, block: int) -> tuple[int, ...]:
+        """Return the widths that layers of a block may have, ascending."""
+
+    @abstractmethod
+    def kernels_of(self, block: int) -> tuple[int, ...]:
+        """Return those of `kernels` that a new layer of a block may have; empty where there is no choice."""
+
     def layers(self, arch: Arch) -> list[list[str]]:
         """Return one word for every layer that is there, block by block; layers of one word can be widened alike.
 
         Raises:
             ArchError: the architecture is not of this space.
         """
+        return [[self._word(layer) for layer in block] for block in self._packed(self.check(arch))]
 
-    @abstractmethod
+    def widenable(self, arch: Arch) -> list[tuple[int, int]]:
+        """Return block and layer of every layer that has not the largest width yet.
+
+        Raises:
+            ArchError: the architecture is not of this space.
+        """
+        blocks = enumerate(self._packed(self.check(arch)))
+        return [(b, i) for b, block in blocks for i, old in enumerate(block) if old.width != self.widths_of(b)[-1]]
+
     def widened(self, arch: Arch, block: int, layer: int) -> Arch | None:
         """Return the architecture with this layer at its next width, or None if it has the largest.
 
         Raises:
             ArchError: the architecture is not of this space, or has no such layer.
         """
+        old = layer_at(self._packed(self.check(arch)), block, layer)
+        return None if old.width == self.widths_of(block)[-1] else self.widened_at(arch, [(block, layer)])
 
-    @abstractmethod
+    def widened_at(self, arch: Arch, places: Iterable[tuple[int, int]]) -> Arch:
+        """Return the architecture with several layers, given as block and layer, at their next widths.
+
+        Raises:
+            ArchError: the architecture is not of this space, or has no such layer; a layer has the largest width.
+        """
+        blocks = self._packed(self.check(arch))
+        for b, i in places:
+            old, widths = layer_at(blocks, b, i), self.widths_of(b)
+            if old.width == widths[-1]:
+                raise ArchError(f"layer {i} of block {b} is {old.width} wide, which is the largest. Leave it out.")
+            blocks[b][i] = old._replace(width=widths[widths.index(old.width) + 1])
+        return self._arch(blocks)
+
     def deepened(self, arch: Arch, block: int, layer: int, kernel: int | None = None) -> Arch | None:
         """Return the architecture with a new layer of equal width behind this one, or None if the block is full.
 
@@ -90,6 +121,20 @@ class GrowingSpace(SearchSpace):
         Raises:
             ArchError: the architecture is not of this space, or has no such layer; no such kernel.
         """
+        blocks = self._packed(self.check(arch))
+        old = layer_at(blocks, block, layer)
+        if kernel is not None and kernel not in self.kernels:
+            known = ", ".join(map(str, self.kernels)) or "none: leave it out"
+            raise ArchError(f"a new layer of {type(self).__name__} has no kernel {kernel!r}; kernels are {known}.")
+        if len(blocks[block]) == self.slots_of_blocks[block]:
+            return None
+        new = old if kernel is None or not self.kernels_of(block) else old._replace(kernel=kernel)
+        blocks[block].insert(layer + 1, new)
+        return self._arch(blocks)
+
+    @abstractmethod
+    def _word(self, layer: Layer) -> str:
+        """Return the word of `vocabulary` for a layer."""
 
     @abstractmethod
     def _packed(self, arch: Arch) -> list[list[Layer]]:

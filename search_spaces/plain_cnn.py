@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from search_spaces.base import Arch, ArchError, Choices, Option
+from search_spaces.base import Arch, Choices, Option
 from search_spaces.entangled import check_kernels
-from search_spaces.growth import DEEPEN_NOISE, GrowingSpace, Growth, Layer, align, layer_at, spread
+from search_spaces.growth import DEEPEN_NOISE, GrowingSpace, Growth, Layer, align, spread
 from search_spaces.operations import ConvBN
 
 
@@ -121,33 +121,17 @@ class PlainCNN(GrowingSpace):
         convs = [f"conv-{width}-{kernel}" for width in self.widths for kernel in self.kernels]
         return (*convs, *(f"fc-{width}" for width in self.fc_widths))
 
-    def layers(self, arch: Arch) -> list[list[str]]:
-        """Return conv-FILTERS-KERNEL for every convolution, block by block, and last fc-UNITS."""
-        *convs, fcs = self._packed(self.check(arch))
-        words = [[f"conv-{width}-{kernel}" for width, kernel in block] for block in convs]
-        return [*words, [f"fc-{width}" for width, _ in fcs]]
+    def widths_of(self, block: int) -> tuple[int, ...]:
+        """Return `widths`, or `fc_widths` of the block after the last, that of the fully connected layers."""
+        return self.widths if block < self.blocks else self.fc_widths
 
-    def widened(self, arch: Arch, block: int, layer: int) -> Arch | None:
-        """Return the architecture with this layer at its next width, or None; the block after the last is the fc's."""
-        blocks = self._packed(self.check(arch))
-        old = layer_at(blocks, block, layer)
-        options = self.fc_widths if block == self.blocks else self.widths
-        if old.width == options[-1]:
-            return None
-        blocks[block][layer] = old._replace(width=options[options.index(old.width) + 1])
-        return self._arch(blocks)
+    def kernels_of(self, block: int) -> tuple[int, ...]:
+        """Return `kernels`, or none of fully connected layers."""
+        return self.kernels if block < self.blocks else ()
 
-    def deepened(self, arch: Arch, block: int, layer: int, kernel: int | None = None) -> Arch | None:
-        """Return the architecture with a new layer of equal width behind this one, or None if the block is full."""
-        blocks = self._packed(self.check(arch))
-        old = layer_at(blocks, block, layer)
-        if kernel is not None and kernel not in self.kernels:
-            raise ArchError(f"there is no kernel {kernel!r}; a new layer may have {', '.join(map(str, self.kernels))}.")
-        if len(blocks[block]) == self.slots_of_blocks[block]:
-            return None
-        fits = kernel is not None and block < self.blocks
-        blocks[block].insert(layer + 1, old._replace(kernel=kernel) if fits and kernel is not None else old)
-        return self._arch(blocks)
+    def _word(self, layer: Layer) -> str:
+        """Return the word of `vocabulary` for a layer."""
+        return f"conv-{layer.width}-{layer.kernel}" if layer.kernel else f"fc-{layer.width}"
 
     def _packed(self, arch: Arch) -> list[list[Layer]]:
         """Return the layers that are there, block by block, the fully connected ones last."""

@@ -1,9 +1,9 @@
-"""What the controller of NASNet and LINAS take for themselves. Goals: a trial of the controller, its share of the
-updates included, under 5 ms with 6 decisions and under 25 ms with 50, and 1,000 trials replayed in under 10 s.
+"""What the controllers of NASNet and EAS and LINAS take for themselves. Goals: a trial of NASNet's, its share of the
+updates included, under 5 ms with 6 decisions and under 25 ms with 50, and 1,000 trials of either replayed in 10 s.
 
     python -m nasbench.benchmarks.controller_speed [--trials 1000] [--repeats 3]
 
-Nothing is trained: scores are sums of random numbers, one of every option. One thread. Processor time, which other
+Nothing is trained: scores are means of random numbers, one of every option. One thread. Processor time, which other
 programs disturb less than the wall clock. Replayed is what a resumed study does before its first proposal. Of LINAS a
 generation is what it thinks between 50 trials: fits on all finished trials, and NSGA-II over 10,000 predictions.
 """
@@ -19,16 +19,17 @@ from typing import Any
 import torch
 
 from nasbench.benchmarks.common import record
-from nasbench.strategies import History, Linas, PastTrial, Proposal, Reinforce, Strategy
-from search_spaces import MobileNetV3, NASBench201, NASNet
+from nasbench.strategies import EAS, History, Linas, PastTrial, Proposal, Reinforce, Strategy
+from search_spaces import DenseNet, MobileNetV3, NASBench201, NASNet, PlainCNN
 from search_spaces.base import Arch, SearchSpace
 
 SPACES: dict[str, SearchSpace] = {"nasbench201": NASBench201(), "nasnet": NASNet()}
+GROWING: dict[str, SearchSpace] = {"plain_cnn": PlainCNN(), "densenet": DenseNet()}
 GENERATIONS = 5
 
 
 class Scores:
-    """Sums of random numbers, one of every option; of several objectives each has its own."""
+    """Means of random numbers, one of every option; of several objectives each has its own."""
 
     def __init__(self, space: SearchSpace, objectives: int = 1) -> None:
         rng = Random(0)
@@ -38,7 +39,7 @@ class Scores:
     def __call__(self, arch: Arch) -> tuple[float, ...]:
         """Return a score for every objective."""
         code = self.space.encode(arch)
-        return tuple(sum(row[i] for row, i in zip(table, code, strict=True)) for table in self.tables)
+        return tuple(mean(row[i] for row, i in zip(table, code, strict=True)) for table in self.tables)
 
 
 def run(strategy: Strategy, scores: Scores, trials: int, seed: int) -> tuple[list[float], list[PastTrial]]:
@@ -50,11 +51,11 @@ def run(strategy: Strategy, scores: Scores, trials: int, seed: int) -> tuple[lis
         seconds.append(time.process_time() - started)
         if isinstance(proposal, Arch):
             proposal = Proposal(proposal)
-        history.append(PastTrial(number, proposal.arch, scores(proposal.arch), note=proposal.note))
+        history.append(PastTrial(number, proposal.arch, scores(proposal.arch), proposal.parent, proposal.note))
     return seconds, list(history)
 
 
-def controller(space: SearchSpace, strategy: Reinforce, trials: int, repeats: int) -> dict[str, Any]:
+def controller(space: SearchSpace, strategy: Strategy, trials: int, repeats: int) -> dict[str, Any]:
     """Return milliseconds of a trial and of a proposal without an update, and seconds of a replay."""
     means, plain, replays = [], [], []
     for seed in range(repeats):
@@ -91,11 +92,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     run(Reinforce(batch=2), Scores(NASBench201()), 3, 0)  # what is loaded at the first update and fit is not counted
+    run(EAS(batch=1), Scores(PlainCNN()), 3, 0)
     run(Linas(population=5, evaluations=5), Scores(NASBench201()), 6, 0)
     figures = {
         f"{name}_{algorithm}": controller(space, Reinforce(algorithm=algorithm), options.trials, options.repeats)
         for name, space in SPACES.items()
         for algorithm in ("ppo", "reinforce")
+    }
+    figures |= {
+        f"{name}_eas": controller(space, EAS(), options.trials, options.repeats) for name, space in GROWING.items()
     }
     figures |= {f"linas_{objectives}_objectives": predictors(objectives, options.repeats) for objectives in (1, 2)}
     record(__file__, figures, seeds=range(options.repeats), trials=options.trials, clock="processor time")

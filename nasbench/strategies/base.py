@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from random import Random
 from threading import Lock
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, TypeVar, overload
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -23,6 +23,7 @@ from nasbench.errors import SettingError, StudyError
 from search_spaces.base import Arch, Option, SearchSpace
 
 PROPOSAL = "nasbench:proposal"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class History(Sequence[PastTrial]):
         self.pending = list(pending)
         self.pending_numbers = list(pending_numbers)
         self.refused: list[tuple[int, Arch]] = []
+        self._recalled: tuple[object, Any] | None = None
 
     @overload
     def __getitem__(self, index: int) -> PastTrial: ...
@@ -99,6 +101,17 @@ class History(Sequence[PastTrial]):
         """Add the architecture of a trial that was pruned after all others had ended."""
         self.refused.append((len(self._trials), arch))
         self.tried.add(arch)
+
+    def recall(self, of: object, make: Callable[[], T]) -> T:
+        """Return what `make` returned the last time, if that was for an equal `of`, else what it returns now.
+
+        For what takes long to work out of the history. It only saves time: what is made must be a function of `of` and
+        the history.
+        """
+        if self._recalled is None or self._recalled[0] != of:
+            self._recalled = of, make()
+        made: T = self._recalled[1]
+        return made
 
 
 class Strategy(ABC):
@@ -142,6 +155,18 @@ class Strategy(ABC):
         """Return why the strategy cannot search this space, or None: every space will do, unless it says otherwise."""
         return None
 
+    def refuses_directions(self, directions: Sequence[str]) -> str | None:
+        """Return why the strategy cannot follow objectives of these directions, each "maximize" or "minimize", or None.
+
+        Unless it says otherwise, any direction will do, and several if `many_objectives`.
+        """
+        if len(directions) == 1 or self.many_objectives:
+            return None
+        return (
+            f"{type(self).__name__} follows one objective, the study has {len(directions)}. "
+            'Use strategy="nsga2" or "tpe", or keep one objective and make constraints of the others.'
+        )
+
     def keeps(self, space: SearchSpace, history: History) -> set[int]:
         """Return the numbers of finished trials that may yet be a `Proposal`'s parent: their weights are kept.
 
@@ -178,8 +203,14 @@ def arch_of(trial: FrozenTrial, space: SearchSpace) -> Arch | None:
 
 
 def proposal_of(trial: FrozenTrial) -> dict[str, Any]:
-    """Return the parent and the note that a strategy wanted remembered of a trial, by these names, if it did."""
-    return {key: value for key, value in trial.system_attrs.get(PROPOSAL, {}).items() if key in ("parent", "note")}
+    """Return the parent and the note that a strategy wanted remembered of a trial, by these names, if it did.
+
+    They are of what was proposed: where the user enqueued other options there are none.
+    """
+    stored = trial.system_attrs.get(PROPOSAL, {})
+    if any(trial.params.get(decision, option) != option for decision, option in stored.get("arch", {}).items()):
+        return {}
+    return {key: value for key, value in stored.items() if key in ("parent", "note")}
 
 
 class Ledger:
@@ -267,11 +298,8 @@ class HistorySampler(BaseSampler):
     def _read(self, study: optuna.Study, current: FrozenTrial | None = None) -> History:
         name = (study.study_name, id(study._storage))
         if name != self._study:
-            if len(study.directions) > 1 and not self.strategy.many_objectives:
-                raise SettingError(
-                    f"{type(self.strategy).__name__} follows one objective, the study has {len(study.directions)}. "
-                    'Use strategy="nsga2" or "tpe", or keep one objective and make constraints of the others.'
-                )
+            if (reason := self.strategy.refuses_directions([d.name.lower() for d in study.directions])) is not None:
+                raise SettingError(reason)
             self._study, self._ledger, self._history = name, Ledger(), History()
         done, running = self._ledger.read(study)
         signs = [1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in study.directions]

@@ -6,13 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from nasbench.errors import SettingError
+from nasbench.errors import SettingError, StudyError
 from nasbench.recipe import is_number
 from nasbench.strategies.base import History, PastTrial, Proposal, Strategy
 from nasbench.strategies.relaxation import COUNT, check_settings
@@ -36,7 +35,8 @@ class EAS(Strategy):
     best trial so far becomes the parent of the next.
 
     A child that was there before is looked up, not trained again: its trial copies metrics and is a lesson like any
-    other. Children that a constraint or a pruner refused are drawn anew. Trials that failed teach nothing.
+    other. Children that break the space's rules or were refused before, by a constraint or a pruner, are drawn anew.
+    Trials that failed teach nothing.
 
     Args:
         controller: "reinforce", or "random": every choice is as likely as its alternatives, and nothing is learned.
@@ -56,8 +56,9 @@ class EAS(Strategy):
         embedding: size of the embedding of layers and choices.
 
     Raises:
-        SettingError: an unknown name, a setting out of range, a space whose networks do not grow, or a score outside of
-            0 to 1 where the reward is its tangent.
+        SettingError: an unknown name, a setting out of range, a space whose networks do not grow, or, where the reward
+            is a tangent, an objective that is minimised or a score outside of 0 to 1.
+        StudyError: the start was refused by a constraint.
 
     Example:
         >>> from search_spaces import PlainCNN
@@ -114,6 +115,15 @@ class EAS(Strategy):
             "Use PlainCNN or DenseNet, or another strategy, such as evolution."
         )
 
+    def refuses_directions(self, directions: Sequence[str]) -> str | None:
+        """Return that there must be one objective, and for tangents of the score one that is maximised."""
+        if "minimize" in directions and self.controller == "reinforce" and self.reward == "tan":
+            return (
+                "strategy 'eas' learns from tangents of scores from 0 to 1, higher being better, but the objective is "
+                'minimised. Use reward="score", or objectives="val_accuracy".'
+            )
+        return super().refuses_directions(directions)
+
     def propose(self, space: SearchSpace, history: History, rng: Random) -> Proposal:
         """Return the start, or a child drawn from the policy as it is after all whole batches of the history."""
         return self._replayed(space, history).draw(history, rng)
@@ -126,9 +136,7 @@ class EAS(Strategy):
     def _replayed(self, space: SearchSpace, history: History) -> Controller:
         if not isinstance(space, GrowingSpace):
             raise SettingError(self.refuses(space))
-        controller = _REPLAYED.get(history)
-        if controller is None or (controller.settings, controller.space) != (self, space):
-            controller = _REPLAYED[history] = Controller(self, space)
+        controller = history.recall((self, space), lambda: Controller(self, space))
         controller.catch_up(history)
         return controller
 
@@ -168,9 +176,11 @@ class Controller:
         for trial in history[self._read :]:
             self._archs[trial.number] = trial.arch
             self._finished.add(trial.arch)
-            if self.best is None or trial.score > self.best.score:
+            if math.isfinite(trial.score) and (self.best is None or trial.score > self.best.score):
                 self.best = trial
             if self.parent is None and trial.arch == self.start:
+                if self.policy is not None and math.isfinite(trial.score):
+                    self._reward(trial.score)  # says what is wrong with it before children are trained
                 self.parent = trial
             if (steps := self._steps(trial)) is not None:
                 self._children += 1
@@ -190,10 +200,15 @@ class Controller:
             numbers = zip(history.pending, history.pending_numbers, strict=False)
             arch, number = self.start, next((n for pending, n in numbers if pending == self.start), -1)
             if number < 0:
+                if arch in history.tried:
+                    raise StudyError(
+                        f"the network that everything grows from, {arch}, was refused by a constraint or a pruner. "
+                        "Loosen it, or give the space smaller options."
+                    )
                 return Proposal(arch)
         for _ in range(_DRAWS):
             child, note = self._child(arch, rng)
-            if child not in history.tried or child in self._finished:
+            if self.space.is_valid(child) and (child not in history.tried or child in self._finished):
                 break
         return Proposal(child, parent=number, note={"seen": self.seen, **note})
 
@@ -210,6 +225,8 @@ class Controller:
             log_prob += step.draw(rng, chances)
             (widened if kind == "w" else deepened).append(step.chosen)
             arch = step.taken()
+            if not self.space.is_valid(arch):
+                break  # to be drawn anew
         return arch, {"widen": widened, "deepen": deepened, "log_prob": round(log_prob, 6)}
 
     def _rounds(self) -> int:
@@ -260,10 +277,6 @@ class Controller:
         self._lessons.clear()
 
 
-_REPLAYED: WeakKeyDictionary[History, Controller] = WeakKeyDictionary()
-"""What was replayed of a history; it only saves time."""
-
-
 @dataclass
 class Step:
     """One action on an architecture, drawn or to be drawn.
@@ -292,9 +305,8 @@ class Step:
         self.depths = [len(block) for block in blocks]
         self.free: list[int] = []  # places that can be widened, or blocks that have room
         if self.kind == "w":
-            firsts = {self.words[p]: where for p, where in reversed(self.places.items())}  # equal words, equal widths
-            wider = {word for word, where in firsts.items() if self.space.widened(self.arch, *where) is not None}
-            self.free = [p for p in self.places if self.words[p] in wider]
+            wider = set(self.space.widenable(self.arch))
+            self.free = [place for place, where in self.places.items() if where in wider]
         else:
             slots = self.space.slots_of_blocks
             self.free = [b for b, depth in enumerate(self.depths) if 0 < depth < slots[b]]
@@ -311,12 +323,7 @@ class Step:
         block = self.chosen[0]
         if stage == 1:
             return list(range(self.depths[block]))
-        kernels = self.space.kernels
-        if len(kernels) > 1:
-            first, other = (self.space.deepened(self.arch, block, self.chosen[1], k) for k in kernels[:2])
-            if first != other:  # fully connected layers have none
-                return list(range(len(kernels)))
-        return [0]
+        return list(range(len(self.space.kernels_of(block)))) or [0]
 
     def draw(self, rng: Random, chances: Chances | None) -> float:
         """Choose, by these chances or by equal ones, and return the log-probability."""
@@ -343,15 +350,11 @@ class Step:
 
     def taken(self) -> Arch:
         """Return the architecture after the action."""
-        arch: Arch | None = self.arch
         if self.kind == "w":
-            for place in self.chosen:
-                assert arch is not None
-                arch = self.space.widened(arch, *self.places[place])
-        else:
-            block, layer, kernel = self.chosen
-            kernels = self.space.kernels
-            arch = self.space.deepened(self.arch, block, layer, kernels[kernel] if kernels else None)
+            return self.space.widened_at(self.arch, [self.places[place] for place in self.chosen])
+        block, layer, kernel = self.chosen
+        kernels = self.space.kernels_of(block)
+        arch = self.space.deepened(self.arch, block, layer, kernels[kernel] if kernels else None)
         assert arch is not None, f"{self.chosen} is no action on {self.arch}"
         return arch
 

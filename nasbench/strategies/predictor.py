@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import islice
 from random import Random
 from typing import Any, ClassVar, Protocol
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,11 +64,11 @@ class Linas(Strategy):
         (4, 6)
 
     Source: Cummings et al., A Hardware-Aware Framework for Accelerating Neural Architecture Search Across Modalities,
-    arXiv:2205.10358, whose populations and numbers of evaluations these are. Ours differs: a few strengths of the same
-    two kinds of predictor are compared, by squared error in cross-validation instead of relative error, which a
-    value near zero spoils; numbers are given to them as such too, beside one column for every option; children are
-    made by uniform crossover and mutation, for options have no order in most spaces; and there is one NSGA-II for any
-    number of objectives.
+    2022, arXiv:2205.10358; populations and numbers of evaluations are those of the released code, DyNAS-T. Ours
+    differs: a few strengths of the same two kinds of predictor are compared, by squared error in cross-validation
+    instead of relative error, which a value near zero spoils; numbers are given to them as such too, beside one column
+    for every option; children are made by uniform crossover and mutation, for options have no order in most spaces; and
+    there is one NSGA-II for any number of objectives.
     """
 
     many_objectives: ClassVar[bool] = True
@@ -97,10 +96,8 @@ class Linas(Strategy):
         if ends and max(map(len, space.choices.values())) > 1:
             before = sum(finished < ends[-1] for finished, _ in history.refused)
             refusals = before + (len(history.refused) - before) // self.population * self.population
-            generation = _GENERATIONS.get(history)
-            if generation is None or generation.of != (self, space, len(ends), refusals):
-                generation = Generation(self, space, history, len(ends), refusals)
-                _GENERATIONS[history] = generation
+            of = self, space, len(ends), refusals
+            generation = history.recall(of, lambda: Generation(self, space, history, len(ends), refusals))
             untried = (i for i, arch in enumerate(generation) if arch not in history.tried and arch not in pending)
             if found := list(islice(untried, _NEXT)):
                 return generation.proposal(rng.choice(found))
@@ -123,11 +120,11 @@ class Generation:
     """
 
     def __init__(self, settings: Linas, space: SearchSpace, history: History, number: int, refusals: int) -> None:
-        self.of = settings, space, number, refusals
         self.space = space
-        trials = [trial for trial in history if usable(trial)][: number * settings.population]
+        until = [end for end, trial in enumerate(history, 1) if usable(trial)][number * settings.population - 1]
+        trials = [trial for trial in history[:until] if usable(trial)]
         refused = history.refused[:refusals][:: -max(1, -(-refusals // _REFUSED))][::-1]
-        accepted = [t.arch for t in history[: max([len(trials), *(finished for finished, _ in refused)])]]
+        accepted = [t.arch for t in history[: max([until, *(finished for finished, _ in refused)])]]
         encoder = Encoder(space)
 
         def encode(archs: Iterable[Arch]) -> Codes:
@@ -167,10 +164,6 @@ class Generation:
         """Return the architecture in this place, with what was predicted of it."""
         predicted = [float(f"{value:.6g}") for value in self._scores[self._places[i], :-1]]
         return Proposal(self._found[i], note={**self.note, "predicted": predicted})
-
-
-_GENERATIONS: WeakKeyDictionary[History, Generation] = WeakKeyDictionary()
-"""The newest generation of each history; it only saves time."""
 
 
 def usable(trial: PastTrial) -> bool:

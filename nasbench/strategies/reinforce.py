@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +84,7 @@ class Reinforce(Strategy):
         """Draw from the policy as it is after all whole batches of the history."""
         if all(len(options) == 1 for options in space.choices.values()):
             return space.sample(rng)
-        controller = _CONTROLLERS.get(history)
-        if controller is None or (controller.settings, controller.space) != (self, space):
-            controller = _CONTROLLERS[history] = Controller(self, space)
+        controller = history.recall((self, space), lambda: Controller(self, space))
         controller.catch_up(history)
         return controller.draw(history, rng)
 
@@ -181,10 +178,6 @@ class Controller:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-
-
-_CONTROLLERS: WeakKeyDictionary[History, Controller] = WeakKeyDictionary()
-"""What was replayed of a history; it only saves time."""
 
 
 def policy_loss(

@@ -115,6 +115,10 @@ def test_a_childs_start_is_a_function_of_parent_and_seed(data: Data, tmp_path: P
     assert any(not torch.equal(first[name], other[name]) for name in first)
     old = load_file(tmp_path / WEIGHTS)
     assert torch.equal(first["block0.layer0.conv.weight"], old["block0.layer0.conv.weight"])
+    # With noise: without it channels that were doubled would never become different.
+    new = first["block0.layer1.conv.weight"]
+    assert (new != 0).all()
+    assert torch.allclose(new[:, :, 1, 1], torch.eye(len(new)), atol=0.01)
 
 
 # Studies -----------------------------------------------------------------------------------------------------------
@@ -292,6 +296,12 @@ def test_a_child_that_is_no_growth_fails_the_trial(data: Data, tmp_path: Path) -
 def test_eas_refuses_other_spaces_before_any_work(data: Data, tmp_path: Path) -> None:
     with pytest.raises(nb.SettingError, match="those of NASBench201 cannot grow"):
         search(data, tmp_path, 3, NASBench201(channels=4, cells=1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_eas_refuses_what_has_no_tangent_before_any_work(data: Data, tmp_path: Path) -> None:
+    with pytest.raises(nb.SettingError, match=r"the objective is minimised. Use reward=\"score\""):
+        search(data, tmp_path, 3, objectives="val_loss")
     assert not list(tmp_path.iterdir())
 
 

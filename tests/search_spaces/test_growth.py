@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from search_spaces import Arch, ArchError, DenseNet, GrowingSpace, PlainCNN
+from search_spaces import Arch, ArchError, DenseNet, GrowingSpace, PlainCNN, net2net
 from search_spaces.growth import Growth, Layer, align, spread
 
 PLAIN = PlainCNN(widths=(4, 6, 8, 12, 16, 24), fc_widths=(16, 32, 48), blocks=3, slots=4, classes=10, in_channels=1)
@@ -158,6 +158,68 @@ def test_widening_is_exact_in_training_whatever_is_widened(space: GrowingSpace, 
     model, x = trained(space, digits).double(), digits[0].double()
     child = random_steps(space, space.start, Random(0), 6, kinds="w")
     assert difference(model, inherit(space, model, space.start, child, x[:64]), x, train=True) <= 1e-10
+
+
+# The same growth on the graph of any network -----------------------------------------------------------------------
+
+
+def place_of(space: GrowingSpace, block: int, layer: int) -> str:
+    """The name of a plain network's layer."""
+    return f"block{block}.layer{layer}.conv" if space.kernels_of(block) else f"head.fc{layer}.linear"
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_net2net_grows_a_plain_network_to_the_same(digits: tuple[Tensor, Tensor]) -> None:
+    x, rng, arch = digits[0][:64].double(), Random(0), PLAIN.start
+    model = trained(PLAIN, digits).double()
+    for step in range(8):
+        if wider := step % 3 < 2:
+            block, layer = rng.choice(PLAIN.widenable(arch))
+            child = PLAIN.widened(arch, block, layer)
+            assert child is not None
+            width = PLAIN._packed(child)[block][layer].width
+            other = net2net.widen(model, place_of(PLAIN, block, layer), width, example=x)
+        else:
+            block = 3 - step % 2  # fully connected, or the last convolution of the last block
+            layer, kernel = len(PLAIN.layers(arch)[block]) - 1, rng.choice(PLAIN.kernels_of(block) or (None,))
+            child = PLAIN.deepened(arch, block, layer, kernel)
+            assert child is not None
+            other = net2net.deepen(model, place_of(PLAIN, block, layer), kernel=kernel, example=x)
+        grown = inherit(PLAIN, model, arch, child, x)
+        assert parameters(other) == parameters(grown) > parameters(model)
+        for train in (False, True) if wider else (False,):
+            assert difference(model, grown, x, train) <= 1e-10
+            assert difference(model, other, x, train) <= 1e-10
+        assert difference(grown, other, x, train=True) <= 1e-6  # new batch norms have equal statistics
+        model, arch = grown, child
+
+
+def test_net2net_widens_a_densenet_to_the_same(digits: tuple[Tensor, Tensor]) -> None:
+    x, model = digits[0][:64].double(), trained(DENSE, digits).double()
+    for block, layer in ((0, 0), (0, 1), (1, 1)):
+        child = DENSE.widened(DENSE.start, block, layer)
+        assert child is not None
+        grown = inherit(DENSE, model, DENSE.start, child, x)
+        other = model
+        for name, module in grown.named_modules():  # in the order in which each sees what is before it wider
+            if isinstance(module, nn.Conv2d) and module.out_channels > other.get_submodule(name).out_channels:  # type: ignore[operator]
+                other = net2net.widen(other, name, module.out_channels, example=x)
+        assert parameters(other) == parameters(grown) > parameters(model)
+        for train in (False, True):
+            assert difference(model, grown, x, train) <= 1e-10
+            assert difference(model, other, x, train) <= 1e-10
+
+
+def test_net2net_deepens_a_densenet_by_other_layers_but_to_the_same_function(digits: tuple[Tensor, Tensor]) -> None:
+    x, model = digits[0][:64].double(), trained(DENSE, digits).double()
+    child = DENSE.deepened(DENSE.start, 0, 1)
+    assert child is not None
+    other = net2net.deepen(model, "block0.layer1.conv1", example=x)  # an identity inside of the layer, no copy of it
+    for network in (inherit(DENSE, model, DENSE.start, child, x), other):
+        assert difference(model, network, x) <= 1e-10
 
 
 # The network that comes back ---------------------------------------------------------------------------------------
@@ -330,6 +392,26 @@ def test_bad_growth_is_refused_and_leaves_the_network(space: GrowingSpace, digit
     with pytest.raises(ArchError, match="needs"):
         inherit(space, model, child, Arch({}), digits[0][:64])
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+
+
+@spaces
+def test_several_layers_are_widened_at_once(space: GrowingSpace) -> None:
+    arch = random_steps(space, space.start, Random(1), 6)
+    places = [(b, i) for b, block in enumerate(space.layers(arch)) for i in range(len(block))]
+    free = [place for place in places if space.widened(arch, *place) is not None]
+    assert space.widenable(arch) == free
+    one_by_one = arch
+    for place in free:
+        wider = space.widened(one_by_one, *place)
+        assert wider is not None
+        one_by_one = wider
+    assert space.widened_at(arch, free) == one_by_one
+    assert space.widened_at(arch, []) == arch
+    while (wider := space.widened(arch, 0, 0)) is not None:
+        arch = wider
+    assert (0, 0) not in space.widenable(arch)
+    with pytest.raises(ArchError, match="layer 0 of block 0 is .* wide, which is the largest. Leave it out"):
+        space.widened_at(arch, [(0, 0)])
 
 
 # Actions -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nasbench.errors import SettingError, StudyError
 from nasbench.strategies import History, PastTrial, Proposal, Strategy, distributions
-from nasbench.strategies.base import Ledger, arch_of
+from nasbench.strategies.base import Ledger, arch_of, proposal_of
 from search_spaces.base import Arch, SearchSpace
 from search_spaces.resnet import ResNet
 
@@ -95,6 +95,17 @@ def test_a_history_is_a_sequence_that_grows_at_its_end() -> None:
     assert history.tried == {*archs, SPACE.at(3)}
     assert list(history) == trials
     assert not History()
+
+
+def test_what_was_worked_out_of_a_history_is_recalled_while_it_is_of_the_same() -> None:
+    history, other, made = History(), History(), []
+
+    def make() -> int:
+        made.append(None)
+        return len(made)
+
+    found = [h.recall((of, 1), make) for h, of in ((history, "a"), (history, "a"), (history, "b"), (other, "b"))]
+    assert found == [1, 1, 2, 3]
 
 
 def test_the_score_is_that_of_the_first_objective() -> None:
@@ -305,6 +316,22 @@ def test_parent_and_note_come_back_in_the_history(watcher: Watcher, study: optun
         PastTrial(1, SPACE.at(2), (1.0,), parent=0),
         PastTrial(2, SPACE.at(3), (2.0,), note=note),
     ]
+
+
+def test_where_the_user_enqueued_some_options_parent_and_note_of_the_proposal_do_not_stand(
+    watcher: Watcher, study: optuna.Study
+) -> None:
+    # Weights of a parent that was chosen for another child would not fit, and the note would teach what is wrong.
+    study.enqueue_trial({"depth0": 2})
+    watcher.proposals.extend([Proposal(SPACE.at(0), parent=7, note={"step": 1}), Proposal(SPACE.at(1), parent=7)])
+    mixed = ask(study)
+    arch = Arch(mixed.params)
+    assert arch == SPACE.at(0) | {"depth0": 2} != SPACE.at(0)
+    assert proposal_of(study._storage.get_trial(mixed._trial_id)) == {}
+    study.tell(mixed, 0.0)
+    run(study, 1)
+    ask(study)
+    assert watcher.views[-1].trials == [PastTrial(0, arch, (0.0,)), PastTrial(1, SPACE.at(1), (0.0,), parent=7)]
 
 
 @both_storages

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+import optuna
 import pytest
 import torch
 
-from nasbench.errors import SettingError
-from nasbench.strategies import EAS, History, PastTrial, Proposal
+from nasbench.errors import SettingError, StudyError
+from nasbench.strategies import EAS, History, PastTrial, Proposal, distributions
 from nasbench.strategies.eas import Controller, Policy, Step, choice_terms, widen_terms
 from search_spaces import Arch, DenseNet, GrowingSpace, NASBench201, PlainCNN
 from search_spaces.growth import align
@@ -125,6 +127,47 @@ def test_what_a_constraint_refused_is_drawn_anew() -> None:
     assert strategy.propose(SPACE, history, Random(5)).arch == refused
 
 
+@dataclass(frozen=True)
+class Falling(PlainCNN):
+    """Plain networks whose blocks get no deeper."""
+
+    def is_valid(self, arch: Arch) -> bool:
+        """No block has more layers than the one before it."""
+        depths = [len(block) for block in self._packed(arch)]
+        return depths == sorted(depths, reverse=True)
+
+
+@pytest.mark.parametrize("controller", ["reinforce", "random"])
+def test_rules_of_the_space_are_kept(controller: str) -> None:
+    space = Falling(widths=(4, 8, 16), fc_widths=(8, 16), blocks=3, slots=4, fc_slots=3)
+    history = run(EAS(**SMALL, restart=5, controller=controller), 30, lambda arch: depth(arch, space), space)
+    assert all(trial.arch in space for trial in history)
+    assert max(len(space.layers(trial.arch)[1]) for trial in history) > 1
+
+
+def test_where_every_child_breaks_a_rule_one_is_proposed_and_refused() -> None:
+    space = Falling(widths=(4, 8), fc_widths=(8,), blocks=2, slots=1, fc_slots=2)
+    child = EAS(**SMALL).propose(space, History([PastTrial(0, space.start, (0.5,))]), Random(0))
+    assert (child.parent, space.is_valid(child.arch)) == (0, False)
+
+
+def test_a_start_that_was_refused_ends_the_search_at_once() -> None:
+    history = History()
+    history.refuse(SPACE.start)
+    with pytest.raises(StudyError, match="everything grows from, Arch.*was refused by a constraint.*smaller options"):
+        EAS(**SMALL).propose(SPACE, history, Random(0))
+
+
+@pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])
+def test_what_has_no_finite_score_is_never_the_best(odd: float) -> None:
+    strategy = EAS(**SMALL, restart=3)
+    start = PastTrial(0, SPACE.start, (0.5,))
+    history = History([PastTrial(9, SPACE.sample(Random(0)), (odd,)), start])
+    run(strategy, 5, lambda _: 0.4, history=history)
+    assert strategy.propose(SPACE, history, Random(0)).parent == 0
+    assert strategy.keeps(SPACE, history) == {0}
+
+
 # The policy is a function of the history ---------------------------------------------------------------------------
 
 
@@ -190,6 +233,46 @@ def test_masked_places_get_no_gradient() -> None:
     assert torch.equal(logits.grad != 0, free)
 
 
+@BOTH
+def test_in_a_whole_policy_logits_of_what_cannot_be_done_get_no_gradient(
+    space: GrowingSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = Controller(EAS(**SMALL), space)
+    assert controller.policy is not None
+    wide, *_, full = [space.widened_at(space.start, [(0, 0)]), space.start]
+    while (wider := space.widened(full, 0, 0)) is not None:
+        full = wider  # its first layer cannot be widened
+    while len(space.layers(full)[1]) < space.slots_of_blocks[1]:
+        full = space.deepened(full, 1, 0) or full  # its second block has no room
+    steps = [Step(space, arch, kind) for arch in (wide, full) for kind in "wd"]
+    for step in steps:
+        step.draw(Random(0), None)
+    logits: list[torch.Tensor] = []
+
+    def look(_module: object, _inputs: object, output: torch.Tensor) -> None:
+        output.retain_grad()
+        logits.append(output)
+
+    for module in (controller.policy.widen, *controller.policy.heads):
+        module.register_forward_hook(look)
+    log_probs, entropies = controller.policy(steps)
+    (log_probs + entropies).sum().backward()
+    widen, *stages = [output.grad for output in logits]
+    assert widen is not None
+    for row, step in enumerate((steps[0], steps[2])):
+        assert (widen[row, :, 0] != 0).nonzero()[
+            :, 0
+        ].tolist() == step.free  # no pool, padding, classifier, nor the widest
+        assert len(step.free) == len(step.places) - row
+    for stage, gradient in enumerate(stages):
+        assert gradient is not None
+        for row, step in enumerate((steps[1], steps[3])):
+            options = step.options(stage)
+            expected = options if len(options) > 1 else []
+            assert (gradient[row] != 0).nonzero()[:, 0].tolist() == expected
+    assert 1 not in steps[3].free
+
+
 def test_masked_options_get_no_gradient_and_no_share() -> None:
     logits = torch.randn(2, 4, requires_grad=True)
     log_probs, entropies = choice_terms(logits, [[0, 2, 3], [1]], [2, 1])
@@ -214,6 +297,24 @@ def test_a_network_with_fully_connected_layers_at_their_maximum_is_masked_there(
     fc = Step(SPACE, SPACE.start, "d", [2, 0])
     assert fc.options(2) == [0]  # no kernels
     assert Step(DENSE, DENSE.start, "d", [0, 1]).options(2) == [0]
+
+
+def test_what_chooses_a_new_layer_has_read_the_network_both_ways_and_what_it_chose_before() -> None:
+    controller = Controller(EAS(**SMALL), SPACE)
+    assert controller.policy is not None
+    deeper = SPACE.deepened(SPACE.start, 1, 0)
+    assert deeper is not None
+    controller.policy([Step(SPACE, deeper, "d", [1, 1, 2])])[0].sum().backward()
+    rows = controller.policy.choice.weight.grad
+    assert rows is not None
+    assert rows.any(dim=1).nonzero()[:, 0].tolist() == [0, 1 + 1, 1 + 3 + 1]  # nothing yet; of 3 blocks, and of layers
+    outputs, last = controller.policy.read([Step(SPACE, deeper, "d")])
+    half = controller.settings.hidden
+    assert torch.equal(last[0][0, :half], outputs[0, -1, :half])  # forwards the last place is the last
+    assert torch.equal(last[0][0, half:], outputs[0, 0, half:])  # backwards the first
+    for name in ("weight_hh_l0", "weight_hh_l0_reverse"):
+        gradient = controller.policy.encoder.get_parameter(name).grad
+        assert gradient is not None and gradient.any()
 
 
 def test_padding_changes_nothing() -> None:
@@ -243,12 +344,47 @@ def test_the_policy_learns_a_made_up_reward(baseline: str) -> None:
     assert mean(learned[-50:]) > mean(chance[-50:]) + 0.05
 
 
+def test_the_entropy_is_made_larger() -> None:
+    steps = [Step(SPACE, SPACE.start, "w"), Step(SPACE, SPACE.start, "d", [0, 0, 0])]
+    sums = []
+    for trials in (1, 41):
+        strategy = EAS(**SMALL, entropy=1.0, policy_lr=0.01)
+        history = run(strategy, trials, lambda _: 0.5)  # all rewards are equal: only the entropy teaches
+        policy = strategy._replayed(SPACE, history).policy
+        assert policy is not None
+        sums.append(float(policy(steps)[1].sum().detach()))
+    most = 3 * math.log(2) + math.log(3) + math.log(3)  # three layers, three blocks, three kernels
+    assert sums[0] < sums[1] <= most + 1e-6
+    assert most - sums[1] < (most - sums[0]) / 4
+
+
 def test_rewards_are_tangents() -> None:
     controller = Controller(EAS(), SPACE)
     assert [round(controller._reward(score), 2) for score in (0.0, 0.87, 0.95, 0.96)] == [0.0, 4.83, 12.71, 15.89]
     assert controller._reward(1.0) == controller._reward(0.999) < 640
     with pytest.raises(SettingError, match=r'the score -0.3 is not from 0 to 1.*Use reward="score"'):
         controller._reward(-0.3)
+
+
+def test_a_score_without_a_tangent_is_refused_before_children_are_made() -> None:
+    history = History([PastTrial(0, SPACE.start, (55.0,))])
+    for strategy in (EAS(**SMALL, reward="score"), EAS(**SMALL, controller="random")):
+        assert strategy.propose(SPACE, history, Random(0)).parent == 0
+    with pytest.raises(SettingError, match="the score 55 is not from 0 to 1"):
+        EAS(**SMALL).propose(SPACE, history, Random(0))
+
+
+def test_tangents_of_what_is_minimised_are_refused_at_once() -> None:
+    study = optuna.create_study(direction="minimize", sampler=EAS(**SMALL).sampler(SPACE))
+    with pytest.raises(SettingError, match=r"but the objective is minimised. Use reward=\"score\""):
+        study.ask(distributions(SPACE))
+    for allowed in (EAS(**SMALL, reward="score"), EAS(**SMALL, controller="random")):
+        study = optuna.create_study(direction="minimize", sampler=allowed.sampler(SPACE))
+        for _ in range(6):
+            trial = study.ask(distributions(SPACE))
+            study.tell(trial, 1 - depth(Arch(trial.params)))
+    assert EAS().refuses_directions(["maximize"]) is None
+    assert "follows one objective" in (EAS().refuses_directions(["maximize"] * 2) or "")
 
 
 @pytest.mark.parametrize(

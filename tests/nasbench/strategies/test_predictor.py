@@ -21,7 +21,7 @@ import nasbench as nb
 from nasbench.errors import SettingError
 from nasbench.pareto import dominates, front
 from nasbench.strategies import History, Linas, PastTrial, Proposal, distributions, kendall_taus
-from nasbench.strategies.predictor import Encoder, Predictor, best_first, nsga2
+from nasbench.strategies.predictor import Encoder, Generation, Predictor, best_first, nsga2
 from search_spaces.base import Arch, Choices, Option, SearchSpace
 
 
@@ -184,6 +184,15 @@ def test_infinite_scores_are_left_out() -> None:
     assert isinstance(SMALL.propose(SPACE, history, Random(0)), Arch)  # as if nothing had finished
     walk(SMALL, SPACE, 20, history=history)
     assert isinstance(SMALL.propose(SPACE, history, Random(0)), Proposal)
+
+
+def test_beside_infinite_scores_all_that_was_measured_is_known() -> None:
+    space, strategy = Mixed(decisions=7), Linas(population=10, evaluations=160)  # of 162
+    infinite = [PastTrial(i, space.at(i), (float("inf"),)) for i in range(5)]
+    history = History([*infinite, *walk(strategy, space, 10)])
+    codes = {code.tobytes() for code in Generation(strategy, space, history, 1, 0)._codes}
+    assert len(codes) > 100
+    assert codes.isdisjoint(np.array(space.encode(trial.arch)).tobytes() for trial in history)
 
 
 def test_equal_scores_and_trials_of_others_do_no_harm() -> None:
