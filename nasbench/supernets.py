@@ -33,6 +33,7 @@ from nasbench.recipe import Recipe
 from nasbench.strategies import bilevel
 from nasbench.strategies.one_shot import SKIPS, Differentiable, OneShot
 from search_spaces.base import Arch, ArchError, Mixture, SearchSpace
+from search_spaces.memory import free_bytes
 
 CHECKPOINT = "supernet.pt"
 _FIELDS = {"identity", "epochs", "chosen", "weights", "optimizer", "architecture", "architecture_optimizer", "seconds"}
@@ -342,7 +343,7 @@ class SupernetTraining:
             memory.step_bytes(self.supernet, partial(step, seed=seed), self.data.shape, images, buffers)
             for seed in range(3 if drawn else 1)
         )
-        free = memory.free_bytes(self.device)
+        free = free_bytes(self.device)
         short = [free is not None and need > free]
         if world > 1:
             dist.all_gather_object(short := [False] * world, free is not None and need > free)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from search_spaces.tracing import GrowthError, switched
+from search_spaces.tracing import GrowthError, copied, switched
 
 _SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")  # of Adam, RMSprop, Adagrad
 _LINEAR = ("momentum_buffer", "exp_avg", "grad_avg", "exp_inf")  # of SGD and RMSprop, Adam, RMSprop, Adamax
@@ -125,38 +126,57 @@ def certified(
     new, transfer = grow(model, inputs)
     generator.set_state(state)
     given = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-    old = copy.deepcopy(model).double()
-    pair = [old, grow(old, given)[0]]
+    old = copied(model).double()
     own = torch.Generator().manual_seed(0)
     drawn = [tuple(_random(x, own) for x in given) for _ in range(2)]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        with switched(model, False), switched(new, False):
-            before, after = _outputs(model, inputs), _outputs(new, inputs)
-        first, *others = [_difference([network.eval() for network in pair], batch) for batch in (given, *drawn)]
-        try:
-            training = _difference([network.train() for network in pair], given)
-        except ValueError:  # batch norm does not train on a single value
-            training = None
-    largest = max(float(x.abs().max()) for x in before)
-    rounding = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True)) / (largest or 1.0)
-    return new, Certificate(transfer, first, max(others), training, rounding)
+    try:
+        pair = [old, grow(old, given)[0]]
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with switched(model, False), switched(new, False):
+                before, after = (_outputs(copied(network), inputs) for network in (model, new))
+            first, *others = [_difference([network.eval() for network in pair], batch) for batch in (given, *drawn)]
+            try:
+                training = _difference([network.train() for network in pair], given)
+            except ValueError:  # batch norm does not train on a single value
+                training = None
+    except Exception as error:
+        raise GrowthError(
+            f"{type(model).__name__} does not run in float64, in which a certificate is measured, or not on random "
+            f"batches: {type(error).__name__}: {error} Leave the certificate out."
+        ) from error
+    largest = max((float(x.abs().max()) for x in before if x.numel()), default=0.0)
+    return new, Certificate(transfer, first, max(others), training, _largest(before, after) / (largest or 1.0))
 
 
 def _outputs(network: nn.Module, batch: tuple[Any, ...]) -> list[Tensor]:
     torch.default_generator.manual_seed(0)  # so that dropout drops the same where nothing changed before it
-    return [leaf for leaf in tree_leaves(network(*batch)) if isinstance(leaf, Tensor)]
+    outputs = [leaf for leaf in tree_leaves(network(*batch)) if isinstance(leaf, Tensor)]
+    if not outputs:
+        raise TypeError("it gives no tensors to compare.")
+    return [leaf if leaf.is_floating_point() or leaf.is_complex() else leaf.double() for leaf in outputs]
 
 
 def _difference(networks: list[nn.Module], batch: tuple[Any, ...]) -> float:
-    pairs = zip(*(_outputs(network, batch) for network in networks), strict=True)
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return _largest(*(_outputs(network, batch) for network in networks))
+
+
+def _largest(before: list[Tensor], after: list[Tensor]) -> float:
+    """Return the largest difference; infinite where only one of them is no number."""
+    found = [0.0]
+    for a, b in zip(before, after, strict=True):
+        same = (a == b) | (a.isnan() & b.isnan())
+        difference = torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf))
+        found += [float(difference.max())] if difference.numel() else []
+    return max(found)
 
 
 def _random(x: Any, generator: torch.Generator) -> Any:
-    if not isinstance(x, Tensor) or x.dtype == torch.bool:
+    if not isinstance(x, Tensor) or x.dtype == torch.bool or not x.numel():
         return x
     if x.is_floating_point():
         return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    if x.is_complex():
+        return x
     return torch.randint(int(x.min()), int(x.max()) + 1, x.shape, generator=generator, dtype=x.dtype).to(x.device)
 
 

@@ -116,7 +116,8 @@ class Channels:
         self.traces = traces
         self.layers: dict[str, Layer] = {}
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._holders = Counter(map(id, self._parameters.values()))
+        owners = {(id(module), name): p for module in model.modules() for name, p in module._parameters.items()}
+        self._holders = Counter(map(id, owners.values()))  # a module with two names holds its parameters once
         self._calls: list[Counter[str]] = []
         self._reads = Counter[str]()
         self._flow = Flow({*self._parameters, *(name for name, _ in model.named_buffers())})
@@ -129,9 +130,13 @@ class Channels:
                     self._calls[-1].update(layer.tensors.values())
                     if found.kinds[node] == "dense":
                         self.layers.setdefault(layer.name, layer)
-                weights = [a for a in node.all_input_nodes if a.op == "get_attr"]
                 own = layer.tensors.values() if layer is not None else ()
-                self._reads.update(str(a.target) for a in weights if a.target not in own)
+                reads = [str(a.target) for a in node.all_input_nodes if a.op == "get_attr"]
+                if node.op == "call_module":  # also others than layers, such as embeddings
+                    module = model.get_submodule(str(node.target))
+                    tensors = (*module.named_parameters(), *module.named_buffers())
+                    reads += [f"{node.target}.{name}" for name, _ in tensors] if layer is None else []
+                self._reads.update(name for name in reads if name not in own)
         self._components = self._flow.components()
         self._groups: dict[int, Group] = {}
         self._slots = self._components.index(atoms for _, _, _, atoms in self._flow.slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class LayerReport:
         deepen: whether a layer can be put behind it.
         kernel: whether its kernel can grow.
         prune: whether it can lose channels, by itself or with the layers that it is tied to.
+        tied: names of the other layers whose channels change with its own, because they are added, for one.
     """
 
     name: str
@@ -51,11 +53,14 @@ class LayerReport:
     deepen: Verdict
     kernel: Verdict
     prune: Verdict
+    tied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Explanation:
     """What can be done with the layers of a model; prints as a table, with the reasons below.
+
+    Layers that are tied have the same number in the column of that name.
 
     Attributes:
         rows: one for every layer, in the order in which they are called.
@@ -75,10 +80,14 @@ class Explanation:
             number = notes.setdefault(verdict.note, len(notes) + 1)
             return f"{'yes' if verdict else 'no'} [{number}]"
 
-        table: list[tuple[str, ...]] = [("layer", "kind", "channels", "widen", "deepen", "kernel", "prune")]
+        table: list[tuple[str, ...]] = [("layer", "kind", "channels", "widen", "deepen", "kernel", "prune", "tied")]
+        ties: dict[tuple[str, ...], int] = {}
         for row in self.rows:
             verdicts = (cell(verdict) for verdict in (row.widen, row.deepen, row.kernel, row.prune))
-            table.append((row.name, row.kind, str(row.channels), *verdicts))
+            tie = ties.setdefault(tuple(sorted((row.name, *row.tied))), len(ties) + 1) if row.tied else ""
+            table.append((row.name, row.kind, str(row.channels), *verdicts, str(tie)))
+        if not ties:
+            table = [row[:-1] for row in table]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table
@@ -108,8 +117,15 @@ def explain(model: nn.Module, example: Tensor | tuple[Any, ...]) -> Explanation:
     """
     found = analyse(model, example)
     tried: dict[tuple[int, ...], tuple[Verdict, Verdict]] = {}
+    owners: dict[tuple[int, int], list[str]] = {}  # of every channel of a group
+    for name in found.layers:
+        with suppress(GrowthError):
+            group, own = found.place(name)
+            for channel in set(own):
+                owners.setdefault((id(group), channel), []).append(name)
     rows = []
     for name, layer in found.layers.items():
+        tied: tuple[str, ...] = ()
         deepen = _verdict(lambda name: _deepening(found, name), name)
         kernel = _verdict(lambda name: _kernel_growth(found, name), name)
         try:
@@ -121,7 +137,9 @@ def explain(model: nn.Module, example: Tensor | tuple[Any, ...]) -> Explanation:
             if key not in tried:
                 tried[key] = _changes(found, group, sorted(set(own)))
             widen, prune = tried[key]
-        rows.append(LayerReport(name, layer.kind, layer.outputs, widen, deepen, kernel, prune))
+            names = {other for channel in set(own) for other in owners[id(group), channel]}
+            tied = tuple(other for other in found.layers if other in names and other != name)
+        rows.append(LayerReport(name, layer.kind, layer.outputs, widen, deepen, kernel, prune, tied))
     return Explanation(tuple(rows))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,8 @@ class Flow:
             if node.target in self.names and sum(size > 1 for size in shape) == 1:
                 self._numbers[node] = self._made(f"{node.target}[*]", max(shape)).view(shape)
         elif kind == "move":
-            self._move(found, node)
+            with suppress(LookupError, RuntimeError, TypeError, ValueError):
+                self._move(found, node)
         elif found.is_tensor(node):
             rules = {
                 "each": self._each,
@@ -93,7 +95,8 @@ class Flow:
                 "cat": self._cat,
             }
             if kind in rules and any(self._numbers[source] is not None for source in node.all_input_nodes):
-                rules[kind](found, node)
+                with suppress(ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+                    rules[kind](found, node)  # what it cannot follow ends here, and is refused when it changes
 
     def components(self) -> Components:
         """Return which channels belong together, and in which order."""
@@ -191,6 +194,7 @@ class Flow:
                 elif own == shape:
                     return  # joined with something whose channels cannot change
         if given:
+            given.sort(key=lambda pair: pair[0] != shape)  # what has all channels before what is spread over them
             first = given[0][1]
             for _, other in given[1:]:
                 if other.shape == first.shape:
@@ -206,17 +210,17 @@ class Flow:
 
     def _reduce(self, found: Trace, node: fx.Node) -> None:
         numbers = self._numbers[node.all_input_nodes[0]]
-        dims = reduced(node, numbers.ndim)
+        dims = reduced(found, node, numbers.ndim)
         if all(numbers.shape[dim] == 1 for dim in dims):
             kept = len(found.shape(node)) == numbers.ndim
             sides = [size for a, size in enumerate(numbers.shape) if kept or a not in dims]
             self._numbers[node] = numbers.view(sides)
 
     def _cat(self, found: Trace, node: fx.Node) -> None:
-        sources = argument(node, 0, "tensors")
-        dim = (argument(node, 1, "dim", "axis") or 0) % len(found.shape(node))
-        given = [self._numbers[source] for source in sources]
-        if any(numbers is not None and _along(numbers, dim) is None for numbers in given):
+        sources = argument(found, node, 0, "tensors")
+        dim = (argument(found, node, 1, "dim", "axis") or 0) % len(found.shape(node))
+        given = [] if isinstance(sources, fx.Node) else [self._numbers[source] for source in sources]
+        if not given or any(numbers is not None and _along(numbers, dim) is None for numbers in given):
             self._move(found, node)
             return
         parts = [
@@ -233,13 +237,14 @@ class Flow:
             self._numbers[node] = self._numbers[node.args[0]][node.args[1]]  # type: ignore[index]
             return
 
-        def value(source: fx.Node) -> Any:
-            if not found.is_tensor(source):
-                return found.values[source]
-            numbers = self._numbers[source]
-            return (torch.tensor(NO) if numbers is None else numbers).expand(found.shape(source))
+        def spread(value: Any, numbers: Any) -> Any:
+            if isinstance(value, Tensor):
+                return (torch.tensor(NO) if numbers is None else numbers).expand(value.shape)
+            if isinstance(value, list | tuple) and numbers is not None:
+                return [spread(*pair) for pair in zip(value, numbers, strict=True)]
+            return value
 
-        result = call(found, node, value)
+        result = call(found, node, lambda source: spread(found.values[source], self._numbers[source]))
         if isinstance(result, Tensor):
             self._numbers[node] = _squeezed(result)
             if len(node.all_input_nodes) > 1:  # perhaps a part, as large as the number of channels says

@@ -264,7 +264,10 @@ class Growth:
         self.state[f"{name}.num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=mean.device)
 
     def moments(self, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return mean and variance, channel by channel, of what modules give for the example in eval mode."""
+        """Return mean and variance, channel by channel, of what modules give for the example in training mode.
+
+        The paper takes those of evaluation, which differ where running averages lag behind. Buffers stay as they are.
+        """
         found: dict[str, tuple[Tensor, Tensor]] = {}
 
         def look(name: str) -> None:
@@ -279,15 +282,20 @@ class Growth:
         hooks: list[torch.utils.hooks.RemovableHandle] = []
         training = [module for module in self.model.modules() if module.training]
         like = next(self.model.parameters())
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         try:
             for name in names:
                 look(name)
-            self.model.eval()(self.example.to(like))
+            with torch.random.fork_rng(devices=[]):
+                self.model.train()(self.example.to(like))
         finally:
             for handle in hooks:
                 handle.remove()
+            self.model.eval()
             for module in training:
                 module.training = True
+            for buffer, before in buffers:
+                buffer.copy_(before)
         return found
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
@@ -15,9 +15,20 @@ from torch import Tensor, nn
 from search_spaces.certificates import Certificate, Grow, Transfer, carry_momentum, certified
 from search_spaces.channels import Group, analyse
 from search_spaces.explanation import Explanation, LayerReport, Verdict, explain
-from search_spaces.grown import Branches, Residual, add_noise, layer_like, norm_like, set_statistics, to_identity
+from search_spaces.inserted import (
+    Branches,
+    Residual,
+    add_noise,
+    check_noise,
+    layer_like,
+    norm_like,
+    set_randomly,
+    set_statistics,
+    to_identity,
+)
+from search_spaces.memory import free_bytes
 from search_spaces.sites import check_layer, kernel_grown, new_kernel, new_site
-from search_spaces.tracing import GrowthError, switched, trace
+from search_spaces.tracing import GrowthError, check_same_calls, copied, switched
 
 __all__ = [
     "Certificate",
@@ -120,16 +131,17 @@ def _widen(
         group, own = found.place(name)
         distinct = list(dict.fromkeys(own))
         change = found.widening(group, distinct, _copies(group, own, channels, model), generator)
-    new = copy.deepcopy(model)
-    change.apply(new)
+        check_noise(noise)
+        new = copied(model)
+        change.apply(new)
+        check_same_calls(found.traces, new, example, None)
     for maker in group.makers:
         if maker in found.layers and noise:
-            producer = found.layers[maker]
-            weight = producer.tensors["weight"]
+            weight = found.layers[maker].tensors["weight"]
             outputs = next(axis for axis in change.maps[weight].axes if not axis.divided)
-            parameter = new.get_parameter(weight)
-            sides = [-1 if axis == outputs.axis else 1 for axis in range(parameter.ndim)]
-            add_noise(parameter, noise, generator, only=_repeated(outputs.index).view(sides))
+            owner, _, own_name = weight.rpartition(".")
+            tensor = getattr(new.get_submodule(owner), own_name)
+            add_noise(tensor, noise, generator, outputs.repeated(tensor))
     changed = tuple(dict.fromkeys(tensor.rpartition(".")[0] for tensor in change.maps))
     action = f"widened {name} from {layer.outputs} to {channels} channels"
     if len(group.makers) > 1:
@@ -152,27 +164,14 @@ def _copies(group: Group, own: list[int], channels: int, model: nn.Module) -> in
     for slot in group.slots:
         if slot.tensor in sizes:
             sizes[slot.tensor] *= 1 + float((slot.channels >= 0).float().mean()) * count / group.size
-    device = next(model.parameters()).device
-    if (free := _free_bytes(device)) is not None and (needed := sum(sizes.values())) > free:
-        raise GrowthError(f"the network would take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free.")
+    _check_memory(sum(sizes.values()), next(model.parameters()).device)
     return count
 
 
-def _free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a device, ``None`` where it is not known."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
-
-
-def _repeated(index: Tensor) -> Tensor:
-    """Return which positions are not the first of their kind."""
-    seen: set[int] = set()
-    return torch.tensor([i in seen or seen.add(i) is not None for i in index.tolist()])  # type: ignore[func-returns-value]
+def _check_memory(needed: float, device: torch.device) -> None:
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise GrowthError(f"it would take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free.")
 
 
 @overload
@@ -211,7 +210,7 @@ def deepen(
 
     Behind a layer, its batch norm if it has one, and an activation that changes nothing when it is done twice (ReLU,
     ReLU6, Hardtanh), come a layer that is the identity, a batch norm that is too, and that activation. The batch norm
-    has the statistics of what it reads for the example: outputs in training mode stay close, too.
+    has the statistics of what it reads for the example in training mode, in which outputs stay close, too.
 
     Where there is no such activation (GELU, SiLU, Hardswish, none) a `Residual` branch comes, convolution, batch norm
     and activation times zero: the outputs stay exactly, in both modes. `explain` and the certificate say which it is.
@@ -244,7 +243,7 @@ def deepen(
         (True, ('2.1', '2.2'))
 
     Source: Chen et al., Net2Net, ICLR 2016, arXiv:1511.05641, section 2.3, and Cai et al., EAS, AAAI 2018,
-    arXiv:1707.04873. There, layers with other activations cannot be deepened.
+    arXiv:1707.04873. There, layers with other activations cannot be deepened, and statistics are those of evaluation.
     """
     draw = generator or torch.default_generator
     return _grown(partial(_deepen, name, kernel, noise, draw), model, example, draw, certificate)
@@ -263,8 +262,11 @@ def _deepen(
         site = new_site(found, name)
         layer = model.get_submodule(name)
         size = new_kernel(layer, kernel)
-        new = copy.deepcopy(model)
         channels = found.layers[name].outputs
+        weight = layer.get_parameter("weight")
+        _check_memory(weight.element_size() * math.prod(size) * channels**2 / found.layers[name].groups, weight.device)
+        check_noise(noise)
+        new = copied(model)
         body: list[nn.Module] = [layer_like(layer, channels, size, bias=site.norm is None)]
         if site.norm is not None:
             body.append(norm_like(model.get_submodule(site.norm), channels))
@@ -279,19 +281,18 @@ def _deepen(
             added = nn.Sequential(before, *(part.train(before.training) for part in chain))
             first = 1 + site.outside
         else:
-            nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
-            if isinstance(body[0].bias, Tensor):
-                nn.init.zeros_(body[0].bias)
+            set_randomly(body[0], generator)
             body.append(site.activation or nn.ReLU())
             place = {"device": weight.device, "dtype": weight.dtype}
             branch = Residual(nn.Sequential(*body), channels, max(weight.ndim - 2, 0), **place)
             added = nn.Sequential(before, branch.train(before.training))
         added.training = before.training
         _replace(new, site.module, added)
-        trace(new, example)  # refuses where forward reads something of the module that was replaced
+        check_same_calls(found.traces, new, example, site.module)
+        if site.identity and site.norm is not None:
+            set_statistics(added[first + 1], _input_of(added[first + 1], new, example))
     if site.identity and site.norm is not None:
         norm = added[first + 1]
-        set_statistics(norm, _input_of(norm, new, example))
         seen = model.get_buffer(f"{site.norm}.num_batches_tracked")
         norm.load_state_dict({"num_batches_tracked": seen}, strict=False)
     if site.identity:
@@ -309,26 +310,46 @@ class _Reached(Exception):
 
 
 def _input_of(module: nn.Module, model: nn.Module, example: tuple[Any, ...]) -> Tensor:
-    """Return what a module reads in evaluation, without going on behind it."""
+    """Return what a module reads in training, without going on behind it; in evaluation if it cannot be trained on.
+
+    Evaluation may differ much where running averages lag behind, early in training.
+    """
 
     def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         raise _Reached(inputs[0])
 
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hook = module.register_forward_pre_hook(stop)
+    failed: Exception | None = None
     try:
-        with switched(model, False), torch.no_grad():
-            model(*example)
-    except _Reached as reached:
-        x: Tensor = reached.args[0]
-        return x
+        for training in (True, False):
+            with switched(model, False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                if training:
+                    model.train()  # its own, which may leave norms in evaluation
+                try:
+                    model(*example)
+                except _Reached as reached:
+                    x: Tensor = reached.args[0]
+                    return x
+                except Exception as error:  # noqa: BLE001 - a model's own code may raise anything
+                    failed = error
     finally:
         hook.remove()
-    raise AssertionError("traced, but not called")
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    raise GrowthError(
+        f"{type(model).__name__} stops on the example, {type(failed).__name__}: {failed} Give a real batch, of the "
+        "model's dtype and on its device: the new batch norm gets its statistics from it."
+    ) from failed
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, own = name.rpartition(".")
-    setattr(model.get_submodule(owner), own, module)
+    """Put a module where another is, by whatever names it is known."""
+    old = model.get_submodule(name)
+    for owner in list(model.modules()):
+        for own in [own for own, child in owner.named_children() if child is old] if owner is not module else ():
+            setattr(owner, own, module)
 
 
 def _transfer(action: str, changed: Sequence[str], renamed: dict[str, str], new: nn.Module) -> Transfer:
@@ -395,13 +416,17 @@ def _grow_kernel(
 ) -> tuple[nn.Module, Transfer]:
     with _refusing(f"{name!r} cannot have a kernel of {kernel!r}"):
         found = analyse(model, example)
-        new = copy.deepcopy(model)
         layer = found.layer(name)
         check_layer(found, layer)
+        weight = layer.tensors["weight"]
+        old = model.get_parameter(weight)
+        more = kernel if isinstance(kernel, Sequence) else (kernel,) * (old.ndim - 2)
+        if all(type(size) is int for size in more):
+            _check_memory(math.prod((*old.shape[:2], *more)) * old.element_size(), old.device)
         conv, padding = kernel_grown(model.get_submodule(name), kernel)
+        new = copied(model)
         _replace(new, name, conv)
-        trace(new, example)  # refuses padding that the image is too small for
-    weight = layer.tensors["weight"]
+        check_same_calls(found.traces, new, example, None)  # refuses padding that the image is too small for, too
     transfer = Transfer(f"grew the kernel of {name} to {kernel}", (name,), {weight: padding})
     return new, transfer
 
@@ -487,20 +512,23 @@ def _add_branch(
         check_layer(found, layer)
         if kind not in ("residual", "copies") or type(copies) is not int or copies < 2:
             raise GrowthError(f"kind={kind!r} with copies={copies!r} is neither 'residual' nor two or more 'copies'.")
-        new = copy.deepcopy(model)
+        check_noise(noise)
+        size = sum(p.numel() * p.element_size() for p in model.get_submodule(name).parameters())
+        _check_memory(size * copies, model.get_parameter(layer.tensors["weight"]).device)
+        new = copied(model)
         own = new.get_submodule(name)
         others = [copy.deepcopy(own) for _ in range(copies - 1 if kind == "copies" else 1)]
         for other in others:
-            weight = other.get_parameter("weight")
             if kind == "copies":
-                add_noise(weight, noise, generator)
+                add_noise(other.get_parameter("weight"), noise, generator)
             else:
-                nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
+                set_randomly(other, generator)
+        weight = own.get_parameter("weight")
         weights = [1 / copies] * copies if kind == "copies" else [1.0, 0.0]
         place = {"device": weight.device, "dtype": weight.dtype}
         branches = Branches([own, *others], weights, layer.outputs, max(weight.ndim - 2, 0), **place)
         _replace(new, name, branches.train(own.training))
-        trace(new, example)
+        check_same_calls(found.traces, new, example, name)
     names = [f"{name}.layers.{i + 1}" for i in range(len(others))]
     transfer = _transfer(f"added {kind} to {name}", [*names, f"{name}.weights"], {f"{name}.layers.0": name}, new)
     return new, transfer

@@ -18,7 +18,8 @@ from search_spaces.tracing import (
     Trace,
     argument,
     call,
-    kind_of,
+    family_of,
+    has_tensors,
     name_of,
     reduced,
     run,
@@ -44,6 +45,21 @@ class AxisMap:
     index: Tensor
     divided: bool = False
 
+    def repeated(self, tensor: Tensor) -> Tensor:
+        """Return which elements of what the tensor became are copies of others before them: shape (1, n, 1, 1)."""
+        rows = self.index if self.index.ndim == 2 else self.index[None]
+        again = torch.zeros_like(rows, dtype=torch.bool)
+        for row, copies in zip(rows.tolist(), again, strict=True):
+            seen: set[int] = set()
+            for place, old in enumerate(row):
+                copies[place] = old in seen
+                seen.add(old)
+        sides = [-1 if axis == self.axis else 1 for axis in range(tensor.ndim)]
+        parts: list[Tensor] = [copies.view(sides) for copies in again]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([part.expand(tensor.shape[0] // len(parts), *part.shape[1:]) for part in parts])
+
     def __call__(self, tensor: Tensor, divide: bool, power: int = 1) -> Tensor:
         """Return the tensor with its axis changed."""
         index = self.index.to(tensor.device)
@@ -51,7 +67,8 @@ class AxisMap:
         parts = [part.index_select(self.axis, row) for part, row in zip(tensor.chunk(len(rows)), rows, strict=True)]
         if divide:
             sides = [1] * (tensor.ndim - self.axis - 1)
-            copies = [row.bincount()[row].view(-1, *sides).to(tensor.dtype) for row in rows]
+            own = self.index if self.index.ndim == 2 else self.index[None]
+            copies = [row.bincount()[row].view(-1, *sides).to(tensor) for row in own]
             parts = [part / count**power for part, count in zip(parts, copies, strict=True)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -217,15 +234,30 @@ class Reindexer:
                 if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.found.values[node])):
                     self._plain(node)
                     continue
-                if kind != "move" and any(isinstance(self.moved[source], _Plain) for source in touched):
+                if kind not in ("move", "each", "dense") and any(self._is_plain(source) for source in touched):
                     raise GrowthError(f"{self.text(node)} computes with their number.")
+            if node.kwargs.get("out") is not None:
+                raise GrowthError(f"{self.text(node)} writes them into another tensor.")
             if kind == "fresh" and self._new(node).shape == self.found.shape(node):
                 continue
             if kind not in ("move", "attribute") and not self.found.is_tensor(node):
                 kind = "other"  # pooling that returns places, too
             if kind not in rules:
                 raise GrowthError(f"they reach {self.text(node)}, through which channels cannot be followed.")
-            rules[kind](node)
+            try:
+                rules[kind](node)
+            except GrowthError:
+                raise
+            except (
+                ArithmeticError,
+                AssertionError,
+                AttributeError,
+                LookupError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ) as error:
+                raise GrowthError(f"{self.text(node)} has arguments that cannot be followed: {error}.") from error
         for node in self.found.graph.nodes:
             if (base := writes(self.found, node)) is not None and base in self.moved:
                 raise GrowthError(f"{self.text(node)} changes a part of them in place.")
@@ -237,6 +269,9 @@ class Reindexer:
         if node.op == "call_module":
             return f"{type(self.found.model.get_submodule(str(node.target))).__name__} {str(node.target)!r}"
         return f"{name_of(node)}() (`{node}` in the traced graph)"
+
+    def _is_plain(self, source: fx.Node) -> bool:
+        return isinstance(self.moved.get(source), _Plain)
 
     def _along(self, node: fx.Node, source: fx.Node, axis: int) -> Tensor | None:
         """Return how the input of a layer changed along its channels."""
@@ -254,18 +289,22 @@ class Reindexer:
         own[axis] = AxisMap(axis, index, divided)
 
     def _set(self, layer: Layer, **attributes: Any) -> None:
-        """Note what the attributes of a layer's module become, and refuse where a function is given them."""
-        known = kind_of(self.found.model.get_submodule(layer.owner)) == self.found.kinds[layer.node]
+        """Note what the attributes of a layer's module become, and refuse where a function has them as constants."""
+        known = family_of(self.found.model.get_submodule(layer.owner)) == self.found.kinds[layer.node]
         for name, value in attributes.items():
             if known:
                 self.attributes.setdefault(layer.owner, {})[name] = value
             elif name in ("groups", "normalized_shape"):
+                if any(self._is_plain(a) and self.moved[a].value == value for a in layer.node.all_input_nodes):
+                    continue  # it is read from the shape of a tensor
                 raise GrowthError(f"{layer.name!r} is given to a function that has {name} as a constant.")
 
     def _layer(self, node: fx.Node) -> Layer:
         layer = self.found.layers[node]
         if layer is None:
-            raise GrowthError(f"they reach {self.text(node)}, whose weight is computed.")
+            raise GrowthError(
+                f"they reach {self.text(node)}, whose weight is computed, or no parameter of a layer's shape."
+            )
         return layer
 
     # Rules ---------------------------------------------------------------------------------------------------------
@@ -305,8 +344,11 @@ class Reindexer:
             return
         made = self.makers.get(layer.name)
         index = self._along(node, layer.source, layer.axis)
+        given: list[Any] = [layer.source]
+        if layer.depthwise and layer.is_function:  # as many groups as the shape of a tensor says
+            given.append(node.args[6] if len(node.args) > 6 else node.kwargs.get("groups"))
         for source in node.all_input_nodes:  # of a function: its weight, read elsewhere too, or a size
-            if source in self.moved and source is not layer.source:
+            if source in self.moved and source not in given:
                 raise GrowthError(f"{self.text(node)} is given {source.name!r}, which changes.")
         if index is not None:
             if layer.depthwise:
@@ -324,7 +366,10 @@ class Reindexer:
             assert index is not None
             self._map(layer.tensors["weight"], 0, index)
         else:
-            self._map(layer.tensors["weight"], int(layer.transposed), made)
+            rows = made
+            if layer.transposed and layer.groups > 1:  # outputs of every group are columns of its rows
+                rows = made.view(layer.groups, -1) % (layer.outputs // layer.groups)
+            self._map(layer.tensors["weight"], int(layer.transposed), rows)
         if "bias" in layer.tensors:
             self._map(layer.tensors["bias"], 0, made)
         self._set(layer, **{"out_features" if layer.shape[2:] == () else "out_channels": len(made)})
@@ -333,9 +378,8 @@ class Reindexer:
     def _read(self, layer: Layer, index: Tensor) -> None:
         """A layer that reads all its channels: its weights for a channel are shared among the copies."""
         if layer.groups > 1:
-            if layer.transposed:
-                raise GrowthError(f"{layer.kind} {layer.name!r} is transposed and has groups.")
             self._check_blocks(layer, index, layer.groups, "inputs")
+        if layer.groups > 1 and not layer.transposed:
             index = index.view(layer.groups, -1) % (layer.inputs // layer.groups)
         self._map(layer.tensors["weight"], int(not layer.transposed), index, divided=True)
 
@@ -386,6 +430,8 @@ class Reindexer:
     def _each(self, node: fx.Node) -> None:
         """An operation on every element, of one tensor or of several that are broadcast: all change alike."""
         shape, changes = self.found.shape(node), []
+        if name_of(node) != "expand" and any(self._is_plain(source) for source in node.all_input_nodes):
+            raise GrowthError(f"{self.text(node)} computes with their number.")
         for source in node.all_input_nodes:
             if (change := self.moved.get(source)) is None or not self.found.is_tensor(source):
                 continue
@@ -396,6 +442,8 @@ class Reindexer:
                 raise GrowthError(f"{self.text(node)} spreads their only channel over several.")
             else:
                 changes.append(Moved.along(change.axis + shift, change.index, shape))
+        if not changes:
+            raise GrowthError(f"{self.text(node)} computes with their number.")
         first = changes[0]
         if any(not change.equals(first) for change in changes) or first.old != shape:
             raise GrowthError(f"{self.text(node)} joins channels that would be copied differently.")
@@ -405,6 +453,8 @@ class Reindexer:
                 own = (1,) * (len(shape) - len(own)) + own
                 if (math.prod(own) if first.axis is None else own[first.axis]) > 1:
                     raise GrowthError(f"{self.text(node)} joins them with {source.name!r}, whose size cannot change.")
+        if name_of(node).startswith("expand") and self._new(node).shape != first.new:
+            raise GrowthError(f"{self.text(node)} is given their number as a constant.")
         self.moved[node] = first
 
     def _space(self, node: fx.Node) -> None:
@@ -417,9 +467,8 @@ class Reindexer:
 
     def _reduce(self, node: fx.Node) -> None:
         """A mean or the like over other dimensions."""
-        (source,) = node.all_input_nodes
-        change = self.moved[source]
-        dims = reduced(node, len(change.old))
+        change = self.moved[argument(self.found, node, 0, "input")]
+        dims = reduced(self.found, node, len(change.old))
         if change.axis is None or change.axis in dims:
             raise GrowthError(f"{self.text(node)} is taken over them.")
         shape = self.found.shape(node)
@@ -428,10 +477,10 @@ class Reindexer:
         self.moved[node] = Moved.along(axis, change.index, shape)
 
     def _cat(self, node: fx.Node) -> None:
-        sources = argument(node, 0, "tensors")
-        dim = (argument(node, 1, "dim", "axis") or 0) % len(self.found.shape(node))
-        changes = [self.moved.get(source) for source in sources]
-        if any(isinstance(change, Moved) and change.axis != dim for change in changes):
+        sources = argument(self.found, node, 0, "tensors")
+        dim = (argument(self.found, node, 1, "dim", "axis") or 0) % len(self.found.shape(node))
+        changes = [] if isinstance(sources, fx.Node) else [self.moved.get(source) for source in sources]
+        if not changes or any(isinstance(change, Moved) and change.axis != dim for change in changes):
             self._move(node)
             return
         parts, start = [], 0
@@ -456,15 +505,22 @@ class Reindexer:
             return
         total = 0
 
-        def numbers(source: fx.Node, new: bool) -> Any:
+        def numbered(value: Any, change: Any) -> Any:
             nonlocal total
-            change = self.moved.get(source)
-            if not self.found.is_tensor(source):
-                return change.value if new and isinstance(change, _Plain) else self.found.values[source]
-            old = self.found.shape(source)
-            start, total = total, total + math.prod(old)
-            elements = change.elements() if new and change is not None else torch.arange(math.prod(old)).view(old)
-            return elements + start
+            if isinstance(value, Tensor):
+                old = tuple(value.shape)
+                start, total = total, total + math.prod(old)
+                elements = torch.arange(math.prod(old)).view(old) if change is None else change.elements()
+                return elements + start
+            if isinstance(change, list):
+                return [numbered(*pair) for pair in zip(value, change, strict=True)]
+            if isinstance(value, list | tuple):
+                return [numbered(part, None) for part in value] if has_tensors(value) else value
+            return change.value if isinstance(change, _Plain) else value
+
+        def numbers(source: fx.Node, new: bool) -> Any:
+            value = self.found.values[source]
+            return numbered(value, self.moved.get(source) if new else None)
 
         try:
             before = _tensors(call(self.found, node, lambda source: numbers(source, False)))
@@ -484,6 +540,10 @@ class Reindexer:
                 raise GrowthError(f"{self.text(node)} repeats them.")
             if (elements := place[new]).numel() and elements.min() < 0:
                 raise GrowthError(f"{self.text(node)} would divide them in another place than now.")
+            kept = torch.zeros(old.numel(), dtype=torch.bool)
+            kept[elements.flatten()] = True
+            if self.exact and not kept.all():
+                raise GrowthError(f"{self.text(node)} would leave some of them out.")
             moved.append(Moved.of(elements, tuple(old.shape)))
         if not self.found.is_tensor(node):
             self.moved[node] = moved
@@ -494,6 +554,8 @@ class Reindexer:
         """One of several tensors."""
         several: Any = node.args[0]
         change = self.moved[several][node.args[1]]
+        if isinstance(change, list) and not any(change):
+            change = None
         if change is not None:
             self.moved[node] = change
 

@@ -500,7 +500,7 @@ def test_stop_skips_without_skips_is_refused(data: nb.Data) -> None:
 
 def test_a_step_that_does_not_fit_is_refused_before_it_is_made(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Path("runs").exists()
-    monkeypatch.setattr(supernets.memory, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(supernets, "free_bytes", lambda device: 1000)
     with pytest.raises(SettingError, match="needs about .* GB at batch_size=32, and 0.0 GB are free on cpu. Lower"):
         nb.search(SPACE, data, "darts", **SMALL)
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import os
+from itertools import islice
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nasbench.benchmarks.net2net_table import MODELS as ALL
 from nasbench.benchmarks.net2net_table import convolutions, errors, network, wider
+from nasbench.data import load
+from search_spaces import ResNet
 from search_spaces.channels import analyse
 from search_spaces.net2net import GrowthError, deepen, explain, grow_kernel, widen
 
 pytest.importorskip("torchvision")
 MODELS = ALL if "ALL_MODELS" in os.environ else ("resnet18", "squeezenet1_1")  # all take half an hour
+OURS = ResNet(classes=10, in_channels=3)
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -123,6 +128,49 @@ def test_deepening_hardly_moves_a_network_in_training() -> None:
             after = copy.deepcopy(deep).train()(images)
             assert (after - before).abs().max() <= 0.05 * before.abs().max()
             assert torch.equal(after.argmax(1), before.argmax(1))
+
+
+def on_digits(model: nn.Module, size: int, steps: int) -> list[Tensor]:
+    """Train a model for a few steps on scanned digits, in three channels; return two more batches of them."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.05, momentum=0.9)
+    batches = islice(load("digits").train_batches(64, seed=0, epoch=0, augment=False), steps + 2)
+    pairs = [(F.interpolate(x, size=size).expand(-1, 3, -1, -1), y) for x, y in batches]
+    for images, labels in pairs[:-2]:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return [images for images, _ in pairs[-2:]]
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "steps", "layers"),
+    [
+        pytest.param(lambda: network("resnet18"), 32, 5, ("conv1", "layer2.0.conv1"), marks=pytest.mark.slow),
+        (lambda: OURS.build(OURS.at(0)), 8, 19, ("stem.0.conv", "stage1.0.conv1.conv")),
+    ],
+    ids=("resnet18", "ours"),
+)
+def test_deepening_hardly_moves_a_network_that_trains_on_real_images(make, size, steps, layers) -> None:
+    model = make()
+    example, others = on_digits(model, size, steps)
+    deep = model
+    for name in layers:
+        deep = deepen(deep, name, example=example)
+    default = copy.deepcopy(deep)
+    for norm in default.modules():
+        if isinstance(norm, nn.BatchNorm2d) and torch.equal(norm.bias, norm.running_mean):
+            norm.reset_parameters()  # as batch norms start: in evaluation the identity, too
+    with torch.no_grad():
+        for images, share in ((example, 1.0), (others, 0.9)):
+            before, after, wrong = (copy.deepcopy(net).train()(images) for net in (model, deep, default))
+            moved, badly = ((net - before).abs().max() / before.abs().max() for net in (after, wrong))
+            kept, lost = ((net.argmax(1) == before.argmax(1)).float().mean() for net in (after, wrong))
+            assert moved < 0.25 * badly and kept >= share
+            if images is example:
+                assert moved <= 1e-4 and badly > 0.05 and lost < 0.98
+        assert torch.allclose(deep.eval()(images), model.eval()(images), atol=1e-4)
+        assert torch.allclose(default.eval()(images), model.eval()(images), atol=1e-2)
 
 
 def test_explanations_agree_with_what_is_done() -> None:

@@ -213,6 +213,18 @@ CASES = {  # the layer to widen, to how many, what widens with it
         20,
         ["0"],
     ),
+    "transposed_groups": (
+        Steps(conv(3, 8), nn.ConvTranspose2d(8, 12, 2, groups=4), nn.ReLU(), head(12)),
+        "0",
+        12,
+        [],
+    ),
+    "transposed_groups_made": (
+        Steps(conv(3, 8), nn.ConvTranspose2d(8, 12, 2, groups=4), nn.ReLU(), head(12)),
+        "1",
+        20,
+        [],
+    ),
     "upsample": (Steps(conv(3, 8), nn.Upsample(scale_factor=2), nn.ZeroPad2d(1), nn.MaxPool2d(3), head(8)), "0", 9, []),
     "unflattened": (Steps(nn.Flatten(), nn.Linear(192, 12), nn.Unflatten(1, (-1, 2, 2)), head(3)), "1", 24, []),
     "before_shuffle": (Steps(conv(3, 8), conv(8, 12), nn.PixelShuffle(2), conv(3, 4), head(4)), "1", 24, []),
@@ -372,7 +384,6 @@ REFUSED = {
     "response_norm": (Steps(conv(3, 8), nn.LocalResponseNorm(2), head(8)), "0", 12, "LocalResponseNorm '1'"),
     "places": (Steps(conv(3, 8), nn.MaxPool2d(2), nn.GLU(1), head(4)), "0", 12, "GLU '2'"),
     "unflattened": (Steps(nn.Flatten(), nn.Linear(192, 12), nn.Unflatten(1, (-1, 2, 2)), head(3)), "1", 16, "."),
-    "transposed_groups": (Steps(conv(3, 8), nn.ConvTranspose2d(8, 8, 2, groups=2), head(8)), "0", 12, "transposed"),
 }
 
 

@@ -112,28 +112,56 @@ def to_identity(layer: nn.Module) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def set_randomly(layer: nn.Module, generator: torch.Generator) -> None:
+    """Set the weight of a layer as He et al., 2015, and its bias to zero, with the same numbers on every device."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    drawn = torch.empty(weight.shape, dtype=torch.float64)
+    nn.init.kaiming_normal_(drawn, nonlinearity="relu", generator=generator)
+    with torch.no_grad():
+        weight.copy_(drawn)
+    if isinstance(layer.bias, Tensor):
+        nn.init.zeros_(layer.bias)
+
+
 def set_statistics(norm: nn.Module, x: Tensor) -> None:
     """Set a batch norm to return its input, with the statistics of an input (B, C, ...).
 
     With the default statistics, 0 and 1, it would do so in evaluation only: in training, batch norm takes those of the
     batch.
+
+    Raises:
+        GrowthError: the input, or its statistics in the norm's precision, are not finite.
     """
     with torch.no_grad():
         dims = [dim for dim in range(x.ndim) if dim != 1]
         variance, mean = torch.var_mean(x.double(), dims, correction=0)
+        eps = norm.eps
+        assert isinstance(eps, float)
+        variance[variance + eps == 0] = 1.0  # of a constant channel, where nothing may divide by zero
         tensors = {name: getattr(norm, name) for name in ("running_mean", "running_var", "weight", "bias")}
         tensors["running_mean"].copy_(mean)
         tensors["running_var"].copy_(variance)
-        tensors["weight"].copy_((tensors["running_var"].double() + norm.eps).sqrt())
+        tensors["weight"].copy_((tensors["running_var"].double() + eps).sqrt())
         tensors["bias"].copy_(tensors["running_mean"])
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise GrowthError("what its new batch norm reads for the example is not finite. Give a batch of real data.")
 
 
-def add_noise(weight: Tensor, noise: float, generator: torch.Generator | None, only: Tensor | None = None) -> None:
-    """Add noise of a standard deviation in those of the weight, in place; only to some filters if they are given."""
-    if not 0 <= noise < math.inf:
+def check_noise(noise: float) -> None:
+    """Refuse what is no standard deviation.
+
+    Raises:
+        GrowthError: it is none.
+    """
+    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
         raise GrowthError(f"noise={noise!r} is no standard deviation; give a number, at least 0.")
+
+
+def add_noise(weight: Tensor, noise: float, generator: torch.Generator, only: Tensor | None = None) -> None:
+    """Add noise of a standard deviation in those of the weight, in place; only to some filters if they are given."""
     if noise:
         with torch.no_grad():
             drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
-            drawn *= noise * weight.std()
+            drawn *= noise * (weight.std() if weight.numel() > 1 else weight.abs())  # one number deviates from zero
             weight += drawn if only is None else drawn * only.to(weight)
