@@ -24,7 +24,7 @@ from nasbench.data import Data
 from nasbench.devices import pick_device
 from nasbench.errors import SettingError, StudyError
 from nasbench.files import atomic_write
-from nasbench.objective import Objective
+from nasbench.objective import DIRECTIONS, Objective
 from nasbench.recipe import Recipe
 from nasbench.result import Trial
 from nasbench.strategies import OneShot, OptunaStrategy, Strategy
@@ -319,6 +319,11 @@ def compare(
     made = _strategies(strategies, study)
     numbers = _seeds(seeds)
     _check(trials, objectives, report, data, settings)
+    for strategy in made.values():
+        if isinstance(strategy, Strategy):
+            reason = strategy.refuses(space) or strategy.refuses_directions([_direction(objectives)])
+            if reason is not None:
+                raise SettingError(reason)
     shape = len(made), len(numbers), trials
     values, reports, seconds = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[:2])
     choices: list[list[Arch]] = [[] for _ in made]
@@ -438,6 +443,14 @@ def _check(trials: int, objectives: Any, report: str | None, data: Any, settings
         raise SettingError(f"{data.name} has no test images, so {report!r} cannot be reported. Leave report out.")
     if isinstance(data, Table) and (missing := int(np.isnan(data.values(report)).sum())):
         raise SettingError(f"{report!r} was not measured for {missing} rows of the table. Report another metric.")
+
+
+def _direction(objectives: Any) -> str:
+    """Return "maximize" or "minimize" for the objective, as far as its name tells before it is measured."""
+    if isinstance(objectives, Mapping) and (given := next(iter(objectives.values()), None)):
+        return str(given)
+    names = [objectives] if isinstance(objectives, str) else [*(objectives or ["val_accuracy"])]
+    return DIRECTIONS.get(names[0], "maximize") if names else "maximize"
 
 
 # Runs --------------------------------------------------------------------------------------------------------------

@@ -366,13 +366,14 @@ def _check_metrics(names: Sequence[str], objective: Objective) -> None:
 
 
 def _check_combination(strategy: Any, directions: Mapping[str, str], pruner: Any, objective: Objective) -> None:
-    if len(directions) > 1 and not getattr(strategy, "many_objectives", True):
+    if isinstance(strategy, Strategy):
+        if reason := strategy.refuses_directions(list(directions.values())):
+            raise SettingError(reason)
+    elif len(directions) > 1 and not getattr(strategy, "many_objectives", True):
         raise SettingError(
             f"{type(strategy).__name__} follows one objective, not {', '.join(directions)}. "
             'Use strategy="nsga2" or "tpe", or make constraints of the others.'
         )
-    if isinstance(strategy, Strategy) and (reason := strategy.refuses_directions(list(directions.values()))):
-        raise SettingError(reason)
     if pruner is None:
         return
     if dist.is_initialized():

@@ -87,7 +87,7 @@ class Certificate:
         transfer: what was done.
         given: in evaluation, on the given example.
         random: in evaluation, on random batches of its shape.
-        training: in training mode, on the given example; ``None`` if it cannot be trained on. Where the network drops
+        training: in training mode, on the given example; ``None`` where training fails on it. Where the network drops
             out, this is large: other numbers are drawn.
         rounding: of the network itself, with the rounding of its own precision: in evaluation, on the given example,
             relative to the largest output.
@@ -201,7 +201,8 @@ def carry_momentum(
         transfer: what was done, ``certificate.transfer``.
 
     Raises:
-        GrowthError: the optimizer keeps something else than averages of gradients and of their squares.
+        GrowthError: the optimizers are of different classes, the networks and optimizers do not belong together, or the
+            optimizer keeps something else than averages of gradients and of their squares.
 
     Example:
         >>> from search_spaces.net2net import widen
@@ -215,12 +216,30 @@ def carry_momentum(
         >>> new.state[wide[0].weight]["momentum_buffer"].shape
         torch.Size([5, 2])
     """
+    if not isinstance(transfer, Transfer):
+        raise GrowthError(f"transfer is {type(transfer).__name__}; give certificate.transfer.")
+    if type(optimizer) is not type(new_optimizer):
+        raise GrowthError(
+            f"what {type(optimizer).__name__} keeps says nothing to {type(new_optimizer).__name__}. Use the same class."
+        )
+    for owner, network, which in ((optimizer, model, "old"), (new_optimizer, new_model, "new")):
+        held = {id(parameter) for group in owner.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in held for parameter in network.parameters()):
+            raise GrowthError(
+                f"the {which} optimizer holds no parameter of the {which} network. Give those of one pair."
+            )
+    held = {id(parameter) for group in new_optimizer.param_groups for parameter in group["params"]}
     parameters = dict(model.named_parameters())
+    carried: dict[Tensor, dict[str, Any]] = {}
     for name, parameter in new_model.named_parameters():
         before = transfer.before(name)
-        if before is None or (old := parameters[before]) not in optimizer.state:
+        if before is not None and before not in parameters:
+            raise GrowthError(
+                f"there is no parameter {before!r} in the old network; the transfer is of another growth."
+            )
+        if before is None or (old := parameters[before]) not in optimizer.state or id(parameter) not in held:
             continue
-        state = {}
+        state: dict[str, Any] = {}
         for key, value in optimizer.state[old].items():
             if not isinstance(value, Tensor) or value.shape != old.shape:
                 state[key] = copy.deepcopy(value)
@@ -234,4 +253,15 @@ def carry_momentum(
                 state[key] = transfer.maps[name].gradients(value, power)
             else:
                 state[key] = value.clone()
-        new_optimizer.state[parameter] = state
+            if (
+                key in state
+                and isinstance(state[key], Tensor)
+                and state[key].ndim
+                and state[key].shape != parameter.shape
+            ):
+                raise GrowthError(
+                    f"{key!r} of {name!r} would have the shape {[*state[key].shape]}, and the parameter has "
+                    f"{[*parameter.shape]}: the transfer is of another growth. Carry over after each, one by one."
+                )
+        carried[parameter] = state
+    new_optimizer.state.update(carried)

@@ -43,7 +43,7 @@ class LayerReport:
         deepen: whether a layer can be put behind it.
         kernel: whether its kernel can grow.
         prune: whether it can lose channels, by itself or with the layers that it is tied to.
-        tied: names of the other layers whose channels change with its own, because they are added, for one.
+        tied: names of the other layers whose channels change with its own, for example because they are added.
     """
 
     name: str

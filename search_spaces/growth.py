@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from search_spaces.base import Arch, ArchError, SearchSpace
+from search_spaces.tracing import switched, undisturbed
 
 WIDEN_NOISE = 0.01
 """Deviation of the noise on new filters, in standard deviations of their layer's weight."""
@@ -266,7 +267,8 @@ class Growth:
     def moments(self, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return mean and variance, channel by channel, of what modules give for the example in training mode.
 
-        The paper takes those of evaluation, which differ where running averages lag behind. Buffers stay as they are.
+        The paper takes those of evaluation, which differ where running averages lag behind; so do we where training
+        fails, on a single image.
         """
         found: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -280,22 +282,19 @@ class Growth:
         if not names:
             return found
         hooks: list[torch.utils.hooks.RemovableHandle] = []
-        training = [module for module in self.model.modules() if module.training]
-        like = next(self.model.parameters())
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        x = self.example.to(next(self.model.parameters()))
         try:
             for name in names:
                 look(name)
-            with torch.random.fork_rng(devices=[]):
-                self.model.train()(self.example.to(like))
+            try:
+                with switched(self.model, True), undisturbed(self.model):
+                    self.model(x)
+            except ValueError:
+                with switched(self.model, False), undisturbed(self.model):
+                    self.model(x)
         finally:
             for handle in hooks:
                 handle.remove()
-            self.model.eval()
-            for module in training:
-                module.training = True
-            for buffer, before in buffers:
-                buffer.copy_(before)
         return found
 
 

@@ -68,11 +68,10 @@ class Branches(nn.Module):
         self.weights = nn.ParameterList(torch.full((channels, *sides), weight, **factory) for weight in weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        first: Tensor
-        first, *others = (weight * layer(x) for weight, layer in zip(self.weights, self.layers, strict=True))
-        for other in others:
-            first = first + other
-        return first
+        total = torch.zeros((), device=x.device, dtype=x.dtype)
+        for weight, layer in zip(self.weights, self.layers):  # noqa: B905 - torch.jit.script knows no strict=
+            total = total + weight * layer(x)
+        return total
 
 
 def layer_like(layer: nn.Module, channels: int, kernel: Sequence[int], bias: bool) -> nn.Module:
@@ -133,6 +132,8 @@ def set_statistics(norm: nn.Module, x: Tensor) -> None:
     Raises:
         GrowthError: the input, or its statistics in the norm's precision, are not finite.
     """
+    if not x.numel():
+        raise GrowthError("the example is empty, and its new batch norm needs statistics. Give a batch of real data.")
     with torch.no_grad():
         dims = [dim for dim in range(x.ndim) if dim != 1]
         variance, mean = torch.var_mean(x.double(), dims, correction=0)
@@ -163,5 +164,5 @@ def add_noise(weight: Tensor, noise: float, generator: torch.Generator, only: Te
     if noise:
         with torch.no_grad():
             drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
-            drawn *= noise * (weight.std() if weight.numel() > 1 else weight.abs())  # one number deviates from zero
+            drawn *= noise * (weight.std() if weight.numel() > 1 else weight.abs())  # a single number has no deviation
             weight += drawn if only is None else drawn * only.to(weight)

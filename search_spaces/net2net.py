@@ -28,7 +28,7 @@ from search_spaces.inserted import (
 )
 from search_spaces.memory import free_bytes
 from search_spaces.sites import check_layer, kernel_grown, new_kernel, new_site
-from search_spaces.tracing import GrowthError, check_same_calls, copied, switched
+from search_spaces.tracing import GrowthError, check_same_calls, copied, switched, undisturbed
 
 __all__ = [
     "Certificate",
@@ -116,7 +116,7 @@ def widen(
     are for chains of layers and for DenseNet; ours follows channels through any graph. Where convolutions have groups
     or norms take statistics over channels, copies are drawn so that it stays exact.
     """
-    draw = generator or torch.default_generator
+    draw = _checked(generator)
     return _grown(partial(_widen, name, channels, noise, draw), model, example, draw, certificate)
 
 
@@ -245,7 +245,7 @@ def deepen(
     Source: Chen et al., Net2Net, ICLR 2016, arXiv:1511.05641, section 2.3, and Cai et al., EAS, AAAI 2018,
     arXiv:1707.04873. There, layers with other activations cannot be deepened, and statistics are those of evaluation.
     """
-    draw = generator or torch.default_generator
+    draw = _checked(generator)
     return _grown(partial(_deepen, name, kernel, noise, draw), model, example, draw, certificate)
 
 
@@ -310,7 +310,7 @@ class _Reached(Exception):
 
 
 def _input_of(module: nn.Module, model: nn.Module, example: tuple[Any, ...]) -> Tensor:
-    """Return what a module reads in training, without going on behind it; in evaluation if it cannot be trained on.
+    """Return what a module reads in training mode, without going on behind it; in evaluation where training fails.
 
     Evaluation may differ much where running averages lag behind, early in training.
     """
@@ -318,12 +318,11 @@ def _input_of(module: nn.Module, model: nn.Module, example: tuple[Any, ...]) -> 
     def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         raise _Reached(inputs[0])
 
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hook = module.register_forward_pre_hook(stop)
     failed: Exception | None = None
     try:
         for training in (True, False):
-            with switched(model, False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with switched(model, False), undisturbed(model):
                 if training:
                     model.train()  # its own, which may leave norms in evaluation
                 try:
@@ -335,9 +334,6 @@ def _input_of(module: nn.Module, model: nn.Module, example: tuple[Any, ...]) -> 
                     failed = error
     finally:
         hook.remove()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
     raise GrowthError(
         f"{type(model).__name__} stops on the example, {type(failed).__name__}: {failed} Give a real batch, of the "
         "model's dtype and on its device: the new batch norm gets its statistics from it."
@@ -366,6 +362,14 @@ def _grown(
 ) -> nn.Module | tuple[nn.Module, Certificate]:
     inputs = example if isinstance(example, tuple) else (example,)
     return certified(grow, model, inputs, generator) if certificate else grow(model, inputs)[0]
+
+
+def _checked(generator: torch.Generator | None) -> torch.Generator:
+    if generator is None:
+        return torch.default_generator
+    if not isinstance(generator, torch.Generator):
+        raise GrowthError(f"generator={generator!r} is none; give torch.Generator().manual_seed(0), say.")
+    return generator
 
 
 @contextmanager
@@ -493,7 +497,7 @@ def add_branch(
 
     Source: Cai et al., Path-Level Network Transformation, ICML 2018, arXiv:1806.02639, whose "add" is ``"copies"``.
     """
-    draw = generator or torch.default_generator
+    draw = _checked(generator)
     return _grown(partial(_add_branch, name, kind, copies, noise, draw), model, example, draw, certificate)
 
 

@@ -46,7 +46,7 @@ class AxisMap:
     divided: bool = False
 
     def repeated(self, tensor: Tensor) -> Tensor:
-        """Return which elements of what the tensor became are copies of others before them: shape (1, n, 1, 1)."""
+        """Return which elements of the new tensor are copies of others before them, of a shape that it broadcasts."""
         rows = self.index if self.index.ndim == 2 else self.index[None]
         again = torch.zeros_like(rows, dtype=torch.bool)
         for row, copies in zip(rows.tolist(), again, strict=True):
@@ -302,9 +302,7 @@ class Reindexer:
     def _layer(self, node: fx.Node) -> Layer:
         layer = self.found.layers[node]
         if layer is None:
-            raise GrowthError(
-                f"they reach {self.text(node)}, whose weight is computed, or no parameter of a layer's shape."
-            )
+            raise GrowthError(f"they reach {self.text(node)}, whose weight is computed, or not of a layer's shape.")
         return layer
 
     # Rules ---------------------------------------------------------------------------------------------------------

@@ -79,7 +79,9 @@ def _site_in(found: Channels, traced: Trace, node: fx.Node) -> Site:
     after = follower(node)
     module = single(after) if after is not None else None
     normed = isinstance(module, _BatchNorm) and module.track_running_stats and kind_of(module) == "norm"
-    if after is not None and normed and layer is not None and layer.axis == 1:  # else its channels are others
+    if (
+        after is not None and normed and layer is not None and layer.axis == 1
+    ):  # otherwise it normalises another dimension
         end, norm, after = after, str(after.target), follower(after)
     if after is not None and (known := _activation(after, modules)) is not None:
         outside = single(after) is None

@@ -234,7 +234,12 @@ def _may_alias(found: Trace, node: fx.Node) -> bool:
     return same or found.kinds[node] == "move"
 
 
-def trace(model: nn.Module, example: Tensor | tuple[Any, ...], whole: str | None = None) -> tuple[Trace, ...]:
+def trace(
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...],
+    whole: str | None = None,
+    modes: tuple[bool, ...] = (False, True),
+) -> tuple[Trace, ...]:
     """Trace a model in evaluation, and in training if that is another graph, with shapes of the example.
 
     Nothing is computed: the model, its buffers and torch's random numbers stay as they are.
@@ -243,6 +248,7 @@ def trace(model: nn.Module, example: Tensor | tuple[Any, ...], whole: str | None
         model: any module that torch.fx can trace.
         example: an input, a batch; a tuple if the model takes several.
         whole: name of a module whose call is one operation, whatever it computes.
+        modes: to trace in training (True) or not.
 
     Raises:
         GrowthError: the model's code depends on values, or does not take the example.
@@ -266,10 +272,10 @@ def trace(model: nn.Module, example: Tensor | tuple[Any, ...], whole: str | None
             "example is an input of the model, a tensor or a tuple of them, got "
             f"{', '.join(type(x).__name__ for x in inputs) or 'nothing'}."
         )
-    model = copied(model, parameters=False)  # forward may store what it computes, which would be no tensors here
+    model = copied(model, share_parameters=True)  # forward may store what it computes, which would be no tensors here
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         found: list[Trace] = []
-        for training in (False, True):
+        for training in modes:
             torch.default_generator.manual_seed(0)  # random constants are the same, each time
             with switched(model, training):
                 graph, constants = _graph(model, len(inputs), training, whole)
@@ -296,7 +302,7 @@ def check_same_calls(before: tuple[Trace, ...], model: nn.Module, example: tuple
         GrowthError: the calls are others, or have other settings or constants.
     """
     try:
-        after = trace(model, example, whole)
+        after = trace(model, example, whole, tuple(traced.training for traced in before))
     except GrowthError as error:
         raise GrowthError(f"the grown model does not run: {error}") from error.__cause__
     differ = len(before) != len(after) or any(
@@ -309,13 +315,13 @@ def check_same_calls(before: tuple[Trace, ...], model: nn.Module, example: tuple
         )
 
 
-def copied(model: nn.Module, parameters: bool = True) -> nn.Module:
-    """Return a deep copy of a model, on request with the same parameters.
+def copied(model: nn.Module, share_parameters: bool = False) -> nn.Module:
+    """Return a deep copy of a model, on request with the very parameters of the model.
 
     Raises:
         GrowthError: it cannot be copied.
     """
-    memo = {} if parameters else {id(parameter): parameter for parameter in model.parameters()}
+    memo = {id(parameter): parameter for parameter in model.parameters()} if share_parameters else {}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -326,7 +332,7 @@ def copied(model: nn.Module, parameters: bool = True) -> nn.Module:
 
 
 def _call_of(node: fx.Node) -> tuple[str, str]:
-    """Return what is called, without sizes that a layer of one's own takes from itself and torch checks."""
+    """Return what is called, without those sizes that a layer's own forward hands over, and that torch checks."""
     own = {
         "layer_norm": (1, "normalized_shape"),
         "conv1d": (6, "groups"),
@@ -358,6 +364,20 @@ def switched(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, flag in before:
             module.training = flag
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Compute with a model without gradients, after which its buffers and torch's random numbers are as before."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    tensors = (*model.parameters(), *model.buffers())
+    devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            yield
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 class _Tracer(fx.Tracer):
@@ -480,7 +500,7 @@ def _where(model: nn.Module, inside: list[str], error: Exception, training: bool
     children = []
     for name, child in model.named_children():
         try:
-            _Tracer().trace(copied(child, parameters=False))
+            _Tracer().trace(copied(child, share_parameters=True))
         except Exception:  # noqa: BLE001 - a model's own code may raise anything
             continue
         children.append(name)

@@ -1,5 +1,5 @@
-"""What the controllers of NASNet and EAS and LINAS take for themselves. Goals: a trial of NASNet's, its share of the
-updates included, under 5 ms with 6 decisions and under 25 ms with 50, and 1,000 trials of either replayed in 10 s.
+"""What "reinforce", "eas" and "linas" take for themselves. Goals: a trial of "reinforce", its share of the updates
+included, under 5 ms with 6 decisions and under 25 ms with 50; 1,000 trials of "reinforce" or "eas" replayed in 10 s.
 
     python -m nasbench.benchmarks.controller_speed [--trials 1000] [--repeats 3]
 

@@ -102,14 +102,14 @@ class History(Sequence[PastTrial]):
         self.refused.append((len(self._trials), arch))
         self.tried.add(arch)
 
-    def recall(self, of: object, make: Callable[[], T]) -> T:
-        """Return what `make` returned the last time, if that was for an equal `of`, else what it returns now.
+    def recall(self, key: object, make: Callable[[], T]) -> T:
+        """Return what `make` returned the last time, if that was for an equal key, else what it returns now.
 
-        For what takes long to work out of the history. It only saves time: what is made must be a function of `of` and
-        the history.
+        For what takes long to work out of the history; one such thing is kept. It only saves time: what is made must be
+        a function of the key and the history.
         """
-        if self._recalled is None or self._recalled[0] != of:
-            self._recalled = of, make()
+        if self._recalled is None or self._recalled[0] != key:
+            self._recalled = key, make()
         made: T = self._recalled[1]
         return made
 

@@ -58,7 +58,7 @@ class EAS(Strategy):
     Raises:
         SettingError: an unknown name, a setting out of range, a space whose networks do not grow, or, where the reward
             is a tangent, an objective that is minimised or a score outside of 0 to 1.
-        StudyError: the start was refused by a constraint.
+        StudyError: the start was refused, by a constraint or a pruner.
 
     Example:
         >>> from search_spaces import PlainCNN
@@ -93,7 +93,8 @@ class EAS(Strategy):
     def __post_init__(self) -> None:
         for name, known in (("controller", CONTROLLERS), ("baseline", BASELINES), ("reward", REWARDS)):
             if getattr(self, name) not in known:
-                raise SettingError(f"{name}={getattr(self, name)!r}; {nearest(getattr(self, name), known)}")
+                found = getattr(self, name)
+                raise SettingError(f"strategy 'eas' has no {name}={found!r}; {nearest(found, known)}")
         check_settings(
             "strategy 'eas'",
             self,
@@ -105,6 +106,8 @@ class EAS(Strategy):
             highest=(lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1"),
             decay=(lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
         )
+        if self.widen == self.deepen == 0:
+            raise SettingError("strategy 'eas' with widen=0 and deepen=0 grows nothing. Let one of them be more.")
 
     def refuses(self, space: SearchSpace) -> str | None:
         """Return that a space's networks do not grow, if they do not."""
@@ -117,7 +120,7 @@ class EAS(Strategy):
 
     def refuses_directions(self, directions: Sequence[str]) -> str | None:
         """Return that there must be one objective, and for tangents of the score one that is maximised."""
-        if "minimize" in directions and self.controller == "reinforce" and self.reward == "tan":
+        if list(directions) == ["minimize"] and self.controller == "reinforce" and self.reward == "tan":
             return (
                 "strategy 'eas' learns from tangents of scores from 0 to 1, higher being better, but the objective is "
                 'minimised. Use reward="score", or objectives="val_accuracy".'

@@ -96,8 +96,8 @@ class Linas(Strategy):
         if ends and max(map(len, space.choices.values())) > 1:
             before = sum(finished < ends[-1] for finished, _ in history.refused)
             refusals = before + (len(history.refused) - before) // self.population * self.population
-            of = self, space, len(ends), refusals
-            generation = history.recall(of, lambda: Generation(self, space, history, len(ends), refusals))
+            key = self, space, len(ends), refusals
+            generation = history.recall(key, lambda: Generation(self, space, history, len(ends), refusals))
             untried = (i for i, arch in enumerate(generation) if arch not in history.tried and arch not in pending)
             if found := list(islice(untried, _NEXT)):
                 return generation.proposal(rng.choice(found))

@@ -69,7 +69,9 @@ class Reinforce(Strategy):
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
-            raise SettingError(f"algorithm={self.algorithm!r}; {nearest(self.algorithm, ALGORITHMS)}")
+            raise SettingError(
+                f"strategy 'reinforce' has no algorithm={self.algorithm!r}; {nearest(self.algorithm, ALGORITHMS)}"
+            )
         check_settings(
             "strategy 'reinforce'",
             self,

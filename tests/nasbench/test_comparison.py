@@ -23,6 +23,7 @@ from nasbench.errors import SettingError, StudyError
 from nasbench.result import SearchResult
 from nasbench.strategies import History, OptunaStrategy, Proposal, RegularizedEvolution, Strategy
 from nasbench.table import Table
+from search_spaces import PlainCNN
 from search_spaces.base import Arch, Choices, SearchSpace
 
 
@@ -408,12 +409,18 @@ def never(arch: Arch) -> dict[str, float]:
         (["tpe"], {"epoch": 20}, "compare has no setting 'epoch'; did you mean 'epochs'"),
         (["tpe"], {"timeout": 20}, "compare has no setting 'timeout'"),
         (["tpe"], {"epochs": 20}, "'epochs' is about training, but nothing is trained"),
+        (["eas"], {}, "strategy 'eas' grows networks"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(strategies: Any, changes: dict[str, Any], message: str) -> None:
     settings = {"objectives": {"score": "maximize"}, "trials": 3, "seeds": 2, "progress": False} | changes
     with pytest.raises(SettingError, match=message):
         compare(strategies, SPACE, never, **settings)
+
+
+def test_a_direction_that_a_strategy_cannot_follow_is_refused_before_any_work() -> None:
+    with pytest.raises(SettingError, match="the objective is minimised"):
+        compare(["eas"], PlainCNN(), never, objectives={"score": "minimize"}, trials=3, seeds=2, progress=False)
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 4, 4), dtype=np.uint8)

@@ -440,3 +440,15 @@ def test_actions_stay_in_the_space_and_end_at_the_largest(space: GrowingSpace) -
             space.deepened(arch, block, layer)
     with pytest.raises(ArchError, match="kernel"):
         space.deepened(space.start, 0, 0, kernel=7)
+
+
+def test_a_single_image_is_example_enough(digits: tuple[Tensor, Tensor]) -> None:
+    space = PlainCNN(widths=(4, 8), fc_widths=(8, 16), blocks=2, slots=2, classes=10, in_channels=1)
+    child = space.deepened(space.start, space.blocks, 0)
+    assert child is not None
+    model, x = space.build(space.start), digits[0][:1]
+    model(digits[0][:64])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    grown = space.inherit(model, space.start, child, example=x, noise=False)
+    assert torch.allclose(grown.eval()(x), model.eval()(x), atol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

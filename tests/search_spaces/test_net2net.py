@@ -665,3 +665,48 @@ def test_explain_says_which_layers_are_tied() -> None:
     }
     column = [line.split()[-1] if line.endswith(" 1") else "" for line in str(table).splitlines()[1:6]]
     assert column == ["1", "", "1", "1", ""]
+
+
+def test_momentum_is_carried_between_networks_that_belong_together_only() -> None:
+    layers = nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)
+    model = net = nn.Sequential(*layers).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(X).sum().backward()
+    optimizer.step()
+    for name in ("0", "2"):
+        net, certificate = widen(net, name, 8, example=X, certificate=True)
+    wide = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    for match, arguments in {
+        "another growth": (optimizer, model, wide, net, certificate.transfer),
+        "the old optimizer holds no parameter": (wide, model, wide, net, certificate.transfer),
+        "the new optimizer holds no parameter": (optimizer, model, optimizer, net, certificate.transfer),
+        "give certificate.transfer": (optimizer, model, wide, net, certificate),
+        "says nothing to Adam": (optimizer, model, torch.optim.Adam(net.parameters()), net, certificate.transfer),
+    }.items():
+        with pytest.raises(GrowthError, match=match):
+            carry_momentum(*arguments)
+        assert not wide.state
+
+
+def test_generators_are_generators() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1)).double()
+    for seed in (0, 1):
+        with pytest.raises(GrowthError, match=f"generator={seed} is none"):
+            widen(net, "0", 8, example=X, generator=seed)
+
+
+def test_statistics_are_those_of_evaluation_where_training_fails() -> None:
+    def block(c: int, d: int) -> list[nn.Module]:
+        return [nn.Conv2d(c, d, 1), nn.BatchNorm2d(d), nn.ReLU()]
+
+    net = nn.Sequential(nn.AvgPool2d(2), *block(3, 4), nn.AdaptiveAvgPool2d(1), *block(4, 5)).double()
+    net(X)
+    image = X[:1]  # the first batch norm trains on it, and moves its averages; the second does not
+    deep, certificate = deepen(net, "5", example=image, certificate=True)
+    grown = deep.get_submodule(certificate.transfer.changed[1])
+    assert torch.equal(grown.running_mean, net.eval()(image).flatten())
+
+
+def test_branches_can_be_scripted() -> None:
+    net = add_branch(nn.Sequential(nn.Conv2d(3, 4, 3)).double(), "0", "copies", example=X)
+    assert torch.equal(torch.jit.script(net)(X), net(X))

@@ -413,11 +413,12 @@ def test_a_space_that_does_not_grow_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"controller": "randm"}, "controller='randm'; did you mean 'random'"),
+        ({"controller": "randm"}, "no controller='randm'; did you mean 'random'"),
         ({"baseline": "mean"}, "Known: ema, released"),
         ({"reward": "log"}, "Known: score, tan"),
         ({"batch": 0}, "batch=0, but it must be a whole number, at least 1"),
         ({"widen": -1}, "widen=-1"),
+        ({"widen": 0, "deepen": 0}, "grows nothing"),
         ({"restart": 2.5}, "restart=2.5"),
         ({"highest": 1.0}, "highest=1.0, but it must be a number between 0 and 1"),
         ({"policy_lr": 0}, "policy_lr=0"),
