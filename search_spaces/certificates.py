@@ -222,13 +222,15 @@ def carry_momentum(
         raise GrowthError(
             f"what {type(optimizer).__name__} keeps says nothing to {type(new_optimizer).__name__}. Use the same class."
         )
-    for owner, network, which in ((optimizer, model, "old"), (new_optimizer, new_model, "new")):
-        held = {id(parameter) for group in owner.param_groups for parameter in group["params"]}
-        if not any(id(parameter) in held for parameter in network.parameters()):
+    before_held, held = (
+        {id(parameter) for group in owner.param_groups for parameter in group["params"]}
+        for owner in (optimizer, new_optimizer)
+    )
+    for ids, network, which in ((before_held, model, "old"), (held, new_model, "new")):
+        if ids.isdisjoint(map(id, network.parameters())):
             raise GrowthError(
                 f"the {which} optimizer holds no parameter of the {which} network. Give those of one pair."
             )
-    held = {id(parameter) for group in new_optimizer.param_groups for parameter in group["params"]}
     parameters = dict(model.named_parameters())
     carried: dict[Tensor, dict[str, Any]] = {}
     for name, parameter in new_model.named_parameters():
@@ -253,14 +255,10 @@ def carry_momentum(
                 state[key] = transfer.maps[name].gradients(value, power)
             else:
                 state[key] = value.clone()
-            if (
-                key in state
-                and isinstance(state[key], Tensor)
-                and state[key].ndim
-                and state[key].shape != parameter.shape
-            ):
+            shape = getattr(state[key], "shape", ())
+            if shape not in ((), parameter.shape):  # of a step count it is ()
                 raise GrowthError(
-                    f"{key!r} of {name!r} would have the shape {[*state[key].shape]}, and the parameter has "
+                    f"{key!r} of {name!r} would have the shape {[*shape]}, and the parameter has "
                     f"{[*parameter.shape]}: the transfer is of another growth. Carry over after each, one by one."
                 )
         carried[parameter] = state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,29 +116,29 @@ def explain(model: nn.Module, example: Tensor | tuple[Any, ...]) -> Explanation:
     """
     found = analyse(model, example)
     tried: dict[tuple[int, ...], tuple[Verdict, Verdict]] = {}
-    owners: dict[tuple[int, int], list[str]] = {}  # of every channel of a group
+    places: dict[str, tuple[Group, set[int]]] = {}
+    refused: dict[str, Verdict] = {}
     for name in found.layers:
-        with suppress(GrowthError):
-            group, own = found.place(name)
-            for channel in set(own):
-                owners.setdefault((id(group), channel), []).append(name)
+        try:
+            group, channels = found.place(name)
+            places[name] = group, set(channels)
+        except GrowthError as error:
+            refused[name] = Verdict(False, str(error))
     rows = []
     for name, layer in found.layers.items():
-        tied: tuple[str, ...] = ()
         deepen = _verdict(lambda name: _deepening(found, name), name)
         kernel = _verdict(lambda name: _kernel_growth(found, name), name)
-        try:
-            group, own = found.place(name)
-        except GrowthError as error:
-            widen = prune = Verdict(False, str(error))
+        if name in refused:
+            widen = prune = refused[name]
+            tied: list[str] = []
         else:
-            key = (id(group), *sorted(set(own)))  # of layers that are tied one is enough
+            group, own = places[name]
+            key = (id(group), *sorted(own))  # of layers that are tied one is enough
             if key not in tried:
-                tried[key] = _changes(found, group, sorted(set(own)))
+                tried[key] = _changes(found, group, sorted(own))
             widen, prune = tried[key]
-            names = {other for channel in set(own) for other in owners[id(group), channel]}
-            tied = tuple(other for other in found.layers if other in names and other != name)
-        rows.append(LayerReport(name, layer.kind, layer.outputs, widen, deepen, kernel, prune, tied))
+            tied = [o for o, (other, theirs) in places.items() if o != name and other is group and theirs & own]
+        rows.append(LayerReport(name, layer.kind, layer.outputs, widen, deepen, kernel, prune, tuple(tied)))
     return Explanation(tuple(rows))
 
 

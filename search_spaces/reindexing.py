@@ -45,11 +45,15 @@ class AxisMap:
     index: Tensor
     divided: bool = False
 
+    @property
+    def _rows(self) -> Tensor:
+        """The index of every group, (groups, n)."""
+        return self.index if self.index.ndim == 2 else self.index[None]
+
     def repeated(self, tensor: Tensor) -> Tensor:
         """Return which elements of the new tensor are copies of others before them, of a shape that it broadcasts."""
-        rows = self.index if self.index.ndim == 2 else self.index[None]
-        again = torch.zeros_like(rows, dtype=torch.bool)
-        for row, copies in zip(rows.tolist(), again, strict=True):
+        again = torch.zeros_like(self._rows, dtype=torch.bool)
+        for row, copies in zip(self._rows.tolist(), again, strict=True):
             seen: set[int] = set()
             for place, old in enumerate(row):
                 copies[place] = old in seen
@@ -62,13 +66,11 @@ class AxisMap:
 
     def __call__(self, tensor: Tensor, divide: bool, power: int = 1) -> Tensor:
         """Return the tensor with its axis changed."""
-        index = self.index.to(tensor.device)
-        rows = index if index.ndim == 2 else index[None]
+        rows = self._rows.to(tensor.device)
         parts = [part.index_select(self.axis, row) for part, row in zip(tensor.chunk(len(rows)), rows, strict=True)]
         if divide:
             sides = [1] * (tensor.ndim - self.axis - 1)
-            own = self.index if self.index.ndim == 2 else self.index[None]
-            copies = [row.bincount()[row].view(-1, *sides).to(tensor) for row in own]
+            copies = [row.bincount()[row].view(-1, *sides).to(tensor) for row in self._rows]
             parts = [part / count**power for part, count in zip(parts, copies, strict=True)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
