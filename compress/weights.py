@@ -1,0 +1,125 @@
+"""Which weights of a model are compressed: those of convolutions, linear layers and attention, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from compress.errors import CompressionError
+from search_spaces.arch import nearest
+from search_spaces.masks import mask_of
+
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A weight in its model.
+
+    Attributes:
+        name: the layer's name, or the parameter's where a layer has several: "layer1.0.conv1", "attn.in_proj_weight".
+        module: the layer.
+        attribute: the parameter's name in the layer.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The stored parameter: what an optimizer moves, unmasked where there is a mask."""
+        if parametrize.is_parametrized(self.module, self.attribute):
+            return self.module.parametrizations[self.attribute].original  # type: ignore[index, union-attr, no-any-return]
+        return getattr(self.module, self.attribute)  # type: ignore[no-any-return]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The boolean mask over it, or None."""
+        return mask_of(self.module, self.attribute)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.parameter.shape)
+
+    @property
+    def size(self) -> int:
+        return self.parameter.numel()
+
+
+def weights(model: nn.Module) -> dict[str, Weight]:
+    """Return every weight of convolutions, linear layers and attention, in the order of the modules.
+
+    Biases, norms, embeddings, and positional or class tokens are not among them.
+
+    Example:
+        >>> list(weights(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Linear(8, 2))))
+        ['0', '3']
+        >>> list(weights(nn.MultiheadAttention(8, 2)))
+        ['in_proj_weight', 'out_proj']
+    """
+    return {weight.name: weight for weight in _find(model)}
+
+
+def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Weight]:
+    """Return the weights that can be masked: all of `weights` but those excluded by name.
+
+    Args:
+        model: any module.
+        exclude: names of layers, of modules that hold layers, or of parameters ("attn.in_proj_weight").
+
+    Raises:
+        CompressionError: an excluded name matches nothing, no weight is left, or one of them is tied to another
+            parameter, parametrized or masked already.
+
+    Example:
+        >>> list(prunable(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), exclude=["2"]))
+        ['0']
+    """
+    if isinstance(exclude, str):
+        raise CompressionError(f"exclude is a list of names, got {exclude!r}; write exclude=[{exclude!r}].")
+    found = weights(model)
+    if not found:
+        raise CompressionError(
+            f"{type(model).__name__} has no convolution, linear layer or attention, so there is nothing to prune."
+        )
+    left = dict(found)
+    for name in exclude:
+        matches = [own for own in found if own == name or own.startswith(f"{name}.") or f"{own}.weight" == name]
+        if not matches:
+            raise CompressionError(f"exclude names {name!r}, which holds no weight to prune; {nearest(name, found)}")
+        for own in matches:
+            left.pop(own, None)
+    if not left:
+        raise CompressionError(f"all {len(found)} weights are excluded, so there is nothing to prune.")
+    holders: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{prefix}.{name}".removeprefix("."))
+    for weight in left.values():
+        if parametrize.is_parametrized(weight.module, weight.attribute):
+            state = "masked" if weight.mask is not None else "parametrized"
+            raise CompressionError(
+                f"{weight.name!r} is {state} already; compress.finalize(model) makes masked weights ordinary ones."
+            )
+        if len(names := holders[id(weight.parameter)]) > 1:
+            raise CompressionError(
+                f"the weight of {weight.name!r} is tied: {' and '.join(names)} are one parameter. Give it up with "
+                f"exclude=[{weight.name!r}]."
+            )
+    return left
+
+
+def _find(model: nn.Module) -> Iterator[Weight]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for name in _ATTENTION:
+                if getattr(module, name, None) is not None:
+                    yield Weight(f"{path}.{name}".removeprefix("."), module, name)
+        elif isinstance(module, _ConvNd | nn.Linear):
+            yield Weight(path or "weight", module, "weight")
