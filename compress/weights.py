@@ -74,7 +74,7 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Weight]
 
     Raises:
         CompressionError: an excluded name matches nothing, no weight is left, or one of them is tied to another
-            parameter, parametrized or masked already.
+            parameter, parametrized or masked already, or no initialised parameter.
 
     Example:
         >>> list(prunable(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), exclude=["2"]))
@@ -107,7 +107,14 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Weight]
             raise CompressionError(
                 f"{weight.name!r} is {state} already; compress.finalize(model) makes masked weights ordinary ones."
             )
-        if len(names := holders[id(weight.parameter)]) > 1:
+        if not (names := holders.get(id(weight.parameter))):
+            raise CompressionError(
+                f"the weight of {weight.name!r} is no parameter but computed from others, as weight_norm and prune of "
+                f"torch.nn.utils do it; remove that first."
+            )
+        if isinstance(weight.parameter, nn.UninitializedParameter):
+            raise CompressionError(f"{weight.name!r} has no shape yet; send one batch through the model first.")
+        if len(names) > 1:
             raise CompressionError(
                 f"the weight of {weight.name!r} is tied: {' and '.join(names)} are one parameter. Give it up with "
                 f"exclude=[{weight.name!r}]."

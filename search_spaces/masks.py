@@ -139,10 +139,12 @@ def attach(module: nn.Module, name: str, mask: Tensor) -> None:
         )
     if parametrize.is_parametrized(module, name):
         raise ValueError(f"{name!r} is parametrized already; remove that first (torch.nn.utils.parametrize)")
-    first = not parametrize.is_parametrized(module)
+    first = all(mask_of(module, other) is None for other in getattr(module, "parametrizations", ()))
+    _own_class(module)
+    own = torch.empty_like(parameter, dtype=torch.bool, requires_grad=False).copy_(mask)  # device, memory format
     with torch.no_grad():
-        parameter.mul_(mask.to(parameter.device))
-    parametrize.register_parametrization(module, name, Mask(mask.to(parameter.device)), unsafe=True)
+        parameter.mul_(own)
+    parametrize.register_parametrization(module, name, Mask(own), unsafe=True)
     if first:
         module.register_load_state_dict_pre_hook(_load_unmasked)
 
@@ -150,6 +152,7 @@ def attach(module: nn.Module, name: str, mask: Tensor) -> None:
 def detach(module: nn.Module, name: str) -> None:
     """Make the masked weight an ordinary parameter again, its masked entries zero; the Parameter stays the same one."""
     masked = getattr(module, name).detach()
+    _own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     with torch.no_grad():
         getattr(module, name).copy_(masked)
@@ -161,6 +164,17 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
         return None
     steps = module.parametrizations[name]  # type: ignore[index]
     return next((step.mask for step in steps if isinstance(step, Mask)), None)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    Torch keeps the parametrized names as properties of a class, which deep copies share: what it adds to or removes
+    from one of them would break the others.
+    """
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
 
 
 def _load_unmasked(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -1,0 +1,260 @@
+"""What each weight is worth before or after training: magnitude, SNIP, GraSP and SynFlow.
+
+The larger a score, the sooner the weight is kept. All of them work on a copy of the model: its weights, mode,
+statistics and gradients, and torch's random state stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+
+from compress.errors import CompressionError
+from compress.weights import weights
+
+Scores = dict[str, Tensor]
+Loss = Callable[[Any, Any], Tensor]
+
+_TEMPERATURE = 200  # by which GraSP divides the logits
+_TINY = 1e-100  # SynFlow's input: so small that all activations are in their linear range
+
+
+def magnitude(model: nn.Module, names: Sequence[str]) -> Scores:
+    """Return the absolute weights.
+
+    Args:
+        model: any module.
+        names: weights of it, as `compress.weights` calls them.
+
+    Raises:
+        CompressionError: a weight is not finite.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> _ = nn.init.constant_(layer.weight, -0.5)
+        >>> magnitude(layer, ["weight"])
+        {'weight': tensor([[0.5000, 0.5000]])}
+    """
+    found = weights(model)
+    return _finite({name: found[name].parameter.detach().abs() for name in names}, "magnitude")
+
+
+def snip(
+    model: nn.Module,
+    names: Sequence[str],
+    batch: tuple[Any, Any] | None,
+    loss: Loss | None = None,
+    *,
+    seed: int = 0,
+    fresh: bool = False,
+) -> Scores:
+    """Return how much the loss on a batch, in training mode, would change with each weight: ``|weight * gradient|``.
+
+    That is the absolute gradient of a multiplicative mask where all of it is 1.
+
+    Args:
+        model: any module that takes x.
+        names: weights of it, as `compress.weights` calls them.
+        batch: (x, y), inputs and targets.
+        loss: of outputs and targets; cross-entropy if None.
+        seed: of dropout and fresh weights.
+        fresh: whether to score Xavier-normal weights in place of the model's.
+
+    Raises:
+        CompressionError: there is no batch, the model is on the ``meta`` device, or a score is not finite.
+
+    Example:
+        >>> scores = snip(nn.Linear(4, 2), ["weight"], (torch.rand(8, 4), torch.arange(8) % 2))
+        >>> scores["weight"].shape
+        torch.Size([2, 4])
+
+    Source: Lee et al., SNIP, ICLR 2019, arXiv:1810.02340.
+    """
+    x, y = _checked(batch, "snip")
+    twin, parameters = _twin(model, names)
+    with _isolated(parameters[0].device, seed):
+        if fresh:
+            for own in weights(twin).values():
+                nn.init.xavier_normal_(own.parameter)
+        grads = _gradients(twin.train(), parameters, x, y, loss or cross_entropy)
+    products = [(parameter * grad).abs().detach() for parameter, grad in zip(parameters, grads, strict=True)]
+    return _finite(dict(zip(names, products, strict=True)), "snip")
+
+
+def grasp(
+    model: nn.Module,
+    names: Sequence[str],
+    batch: tuple[Any, Any] | None,
+    loss: Loss | None = None,
+    *,
+    seed: int = 0,
+) -> Scores:
+    """Return how much the flow of gradients would shrink without each weight: ``weight * (Hessian @ gradient)``.
+
+    Outputs are divided by 200 before the loss. The batch goes through in two halves, with all classes in both: where y
+    holds one class for each example, each class is halved. The paper takes 10 to 25 examples of each class.
+
+    Args:
+        model, names, batch, loss, seed: see `snip`.
+
+    Raises:
+        CompressionError: there is no batch of at least two, the model is on the ``meta`` device, or a score is not
+            finite.
+
+    Example:
+        >>> scores = grasp(nn.Linear(4, 2), ["weight"], (torch.rand(8, 4), torch.arange(8) % 2))
+        >>> scores["weight"].shape
+        torch.Size([2, 4])
+
+    Source: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, ICLR 2020,
+    arXiv:2002.07376. Their score has the other sign and the largest are removed; their code sorts the batch by class
+    and cuts it in the middle, so that the halves have different classes.
+    """
+    x, y = _checked(batch, "grasp")
+    if len(x) < 2:
+        raise CompressionError(f"GraSP halves the batch, which has {len(x)} example; give some of each class.")
+    twin, parameters = _twin(model, names)
+    criterion = loss or cross_entropy
+    by_class = y.ndim == 1 and not y.is_floating_point()
+    order = torch.argsort(y, stable=True).to(x.device) if by_class else torch.arange(len(x), device=x.device)
+    halves = [(x[half], y[half.to(y.device)]) for half in (order[::2], order[1::2])]
+
+    def cooled(outputs: Any, targets: Any) -> Tensor:
+        return criterion(outputs / _TEMPERATURE, targets)
+
+    products = [torch.zeros_like(parameter) for parameter in parameters]
+    twin.train()
+    # Fused attention has no second derivative.
+    with _isolated(parameters[0].device, seed), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        first = [_gradients(twin, parameters, *half, cooled) for half in halves]
+        flow = [a + b for a, b in zip(*first, strict=True)]
+        for half in halves:
+            grads = _gradients(twin, parameters, *half, cooled, create_graph=True)
+            dot = torch.stack([(own * grad).sum() for own, grad in zip(flow, grads, strict=True)]).sum()
+            for product, part in zip(
+                products, torch.autograd.grad(dot, parameters, materialize_grads=True), strict=True
+            ):
+                product += part
+    values = [(parameter * product).detach() for parameter, product in zip(parameters, products, strict=True)]
+    return _finite(dict(zip(names, values, strict=True)), "grasp")
+
+
+def synflow(
+    model: nn.Module,
+    names: Sequence[str],
+    batch: tuple[Any, Any] | None,
+    choose: Callable[[Scores, float], Scores],
+    *,
+    rounds: int = 100,
+) -> Scores:
+    """Return the masks left after many rounds of scoring by the flow through all paths, and pruning a little.
+
+    The flow is the sum of outputs of a copy in double precision, in evaluation mode, with absolute weights, on equal
+    inputs; a score is ``|weight * its gradient|``. In theory no layer is emptied before all are.
+
+    Args:
+        model, names: see `snip`.
+        batch: (x, y), of which only the shape of one x is used.
+        choose: masks of the scores at a part of the way, from 1 / rounds to 1. Weights that went before have score -1.
+        rounds: how many times.
+
+    Raises:
+        CompressionError: there is no batch of floating-point inputs, the model is on the ``meta`` device, or no path
+            has a score.
+
+    Example:
+        >>> from search_spaces.masks import top_k_mask
+        >>> def halve(scores, part):
+        ...     return {name: top_k_mask(own, round(own.numel() * 0.5**part)) for name, own in scores.items()}
+        >>> masks = synflow(nn.Linear(4, 2), ["weight"], (torch.rand(8, 4), None), halve)
+        >>> int(masks["weight"].sum())
+        4
+
+    Source: Tanaka et al., Pruning Neural Networks without Any Data by Iteratively Conserving Synaptic Flow, NeurIPS
+    2020, arXiv:2006.05467. Theirs also adds absolute biases, and feeds ones. Here biases and running means are zero and
+    the inputs tiny, which ranks the same where there are none, and keeps activations such as ReLU6 from saturating.
+    """
+    x, _ = _checked(batch, "synflow")
+    if not x.is_floating_point():
+        raise CompressionError(
+            f"SynFlow feeds equal numbers in place of x, which holds {x.dtype}; take another method."
+        )
+    twin, parameters = _twin(model, names)
+    twin.double().eval()
+    with torch.no_grad():
+        for name, tensor in twin.state_dict(keep_vars=True).items():
+            if name.rpartition(".")[2] in ("bias", "running_mean"):
+                tensor.zero_()
+            elif isinstance(tensor, nn.Parameter):
+                tensor.abs_()
+    ones = torch.full_like(x[:1], _TINY, dtype=torch.double, device=parameters[0].device)
+    masks = {name: torch.ones_like(own, dtype=torch.bool) for name, own in zip(names, parameters, strict=True)}
+    for step in range(1, rounds + 1):
+        with torch.enable_grad():
+            grads = torch.autograd.grad(twin(ones).sum(), parameters, materialize_grads=True)
+        flows = [(parameter * grad).abs().detach() for parameter, grad in zip(parameters, grads, strict=True)]
+        found = _finite(dict(zip(names, flows, strict=True)), "synflow")
+        if not any(bool(own.any()) for own in found.values()):
+            raise CompressionError(
+                "SynFlow finds no path through the network: all scores are zero; take another method."
+            )
+        masks = choose({name: own.masked_fill(~masks[name], -1.0) for name, own in found.items()}, step / rounds)
+        with torch.no_grad():
+            for name, parameter in zip(names, parameters, strict=True):
+                parameter.mul_(masks[name])
+    return masks
+
+
+def _twin(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, list[Tensor]]:
+    """Return a copy of the model to score, and its weights."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CompressionError(
+            "the model is on the meta device, where weights have no values to score; build it for real."
+        )
+    twin = copy.deepcopy(model)
+    found = weights(twin)
+    return twin, [found[name].parameter.requires_grad_() for name in names]
+
+
+def _gradients(
+    model: nn.Module, parameters: Sequence[Tensor], x: Any, y: Any, loss: Loss, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    device = parameters[0].device
+    with torch.enable_grad():
+        value = loss(model(x.to(device)), y.to(device))
+        return torch.autograd.grad(value, parameters, create_graph=create_graph, materialize_grads=True)
+
+
+@contextmanager
+def _isolated(device: torch.device, seed: int) -> Iterator[None]:
+    """Give what runs inside random numbers of its own."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
+
+
+def _checked(batch: tuple[Any, Any] | None, method: str) -> tuple[Any, Any]:
+    if batch is None:
+        raise CompressionError(f"{method!r} needs data to score the weights: give batch=(x, y), inputs and targets.")
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor) and len(batch[0])):
+        raise CompressionError(f"batch is (x, y), a tensor of inputs and their targets, got {type(batch).__name__}.")
+    return batch[0], batch[1]
+
+
+def _finite(scores: Scores, method: str) -> Scores:
+    for name, own in scores.items():
+        if not bool(own.isfinite().all()):
+            raise CompressionError(
+                f"{method!r} gives weights of {name!r} scores that are not finite: a weight or an input is NaN or too "
+                f"large for the network."
+            )
+    return scores
