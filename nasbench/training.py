@@ -400,7 +400,7 @@ def _prepare(model: nn.Module, data: Data, recipe: Recipe, device: torch.device)
     x = zeros(2, data.shape, device)
     expected = (2, data.classes, *data.shape) if len(data.shape) == 1 else (2, data.classes)
     try:
-        with _evaluating(model):
+        with evaluating(model):
             logits = model(x)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise SettingError(f"the model cannot take a batch {tuple(x.shape)} of {data.name!r}: {error}") from error
@@ -458,7 +458,7 @@ def validate(model: nn.Module, data: Data, batch_size: int = 512, split: str = "
         >>> sorted(validate(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), load("digits")))
         ['val_accuracy', 'val_loss']
     """
-    return _score(model, data.to(_device_of(model)).eval_batches(split, batch_size), split)
+    return _score(model, data.to(device_of(model)).eval_batches(split, batch_size), split)
 
 
 def evaluate(model: nn.Module, data: Data, batch_size: int = 512) -> dict[str, float]:
@@ -471,7 +471,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 512) -> dict[str, f
         >>> sorted(evaluate(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), load("digits")))
         ['test_accuracy', 'test_loss']
     """
-    return _score(model, data.to(_device_of(model))._test_batches(batch_size), "test")
+    return _score(model, data.to(device_of(model))._test_batches(batch_size), "test")
 
 
 def recalibrate(model: Network, data: Data, *, images: int = 2048, batch_size: int = 128, seed: int = 0) -> Network:
@@ -501,7 +501,7 @@ def recalibrate(model: Network, data: Data, *, images: int = 2048, batch_size: i
         return model
     momenta = [norm.momentum for norm in norms]
     training = [module for module in model.modules() if module.training]
-    device = _device_of(model)
+    device = device_of(model)
     try:
         model.eval()
         for norm in norms:
@@ -522,9 +522,9 @@ def recalibrate(model: Network, data: Data, *, images: int = 2048, batch_size: i
 
 
 def _score(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], split: str) -> dict[str, float]:
-    device = _device_of(model)
+    device = device_of(model)
     losses, hits, count = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device), 0
-    with _evaluating(model):
+    with evaluating(model):
         for x, y in batches:
             x, y = x.to(device), y.to(device)
             logits = model(x)
@@ -534,12 +534,12 @@ def _score(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], split: st
     return {f"{split}_accuracy": int(hits) / count, f"{split}_loss": float(losses) / count}
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
