@@ -44,14 +44,17 @@ def apportion(ideal: Mapping[str, float], sizes: Mapping[str, int], total: int) 
     return counts
 
 
-def of_largest(scores: Mapping[str, Tensor], total: int) -> dict[str, int]:
-    """Return how many of the `total` largest scores lie in each layer, but at least one: no layer is emptied.
+def largest(scores: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
+    """Return masks of the `total` largest scores of all layers, but at least one of each: no layer is emptied.
 
     Example:
-        >>> of_largest({"a": torch.tensor([5.0, 4.0, 3.0]), "b": torch.tensor([2.0, 1.0])}, 3)
-        {'a': 2, 'b': 1}
+        >>> largest({"a": torch.tensor([5.0, 4.0, 3.0]), "b": torch.tensor([2.0, 1.0])}, 3)
+        {'a': tensor([ True,  True, False]), 'b': tensor([ True, False])}
     """
     sizes = {name: own.numel() for name, own in scores.items()}
-    best = top_k_mask(torch.cat([own.reshape(-1) for own in scores.values()]), total)
-    kept = {name: float(part.sum()) for name, part in zip(sizes, best.split(list(sizes.values())), strict=True)}
-    return apportion(kept, sizes, total)
+    best = top_k_mask(torch.cat([own.reshape(-1) for own in scores.values()]), total).split(list(sizes.values()))
+    kept = {name: int(part.sum()) for name, part in zip(sizes, best, strict=True)}
+    if all(kept.values()):
+        return {name: part.view(own.shape) for (name, own), part in zip(scores.items(), best, strict=True)}
+    counts = apportion(kept, sizes, total)
+    return {name: top_k_mask(own, counts[name]) for name, own in scores.items()}

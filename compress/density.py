@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from compress import scores
-from compress.counts import apportion, of_largest
+from compress.counts import apportion, largest
 from compress.errors import CompressionError
 from compress.weights import Weight, prunable, weights
 from search_spaces.arch import nearest
@@ -147,7 +147,7 @@ def densities(
             values = scores.snip(model, list(found), batch, loss, seed=seed, fresh=True)
         else:
             values = scores.grasp(model, list(found), batch, loss, seed=seed)
-        counts = of_largest(values, kept)
+        counts = {name: int(mask.sum()) for name, mask in largest(values, kept).items()}
         shares = {name: counts[name] / size for name, size in sizes.items()}
     else:
         budget = density * sum(sizes.values()) - sum(share * sizes[name] for name, share in fixed.items())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import scores
-from compress.counts import of_largest
+from compress.counts import largest
 from compress.density import Densities, check_density, densities
 from compress.errors import CompressionError
 from compress.weights import prunable, weights
@@ -182,9 +182,8 @@ def _best(
         sizes = {name: value.numel() for name, value in values.items()}
         if by_scores:
             total, kept = sum(sizes.values()), sum(counts.values())
-            own = of_largest(values, round(total * (kept / total) ** part))
-        else:
-            own = {name: round(size * (counts[name] / size) ** part) for name, size in sizes.items()}
+            return largest(values, round(total * (kept / total) ** part))
+        own = {name: round(size * (counts[name] / size) ** part) for name, size in sizes.items()}
         return {name: top_k_mask(value, own[name]) for name, value in values.items()}
 
     if method == "synflow":

@@ -16,6 +16,7 @@ import search_spaces
 from nasbench.errors import SettingError, StudyError, WeightsError
 from nasbench.files import atomic_write
 from nasbench.objective import DIRECTIONS, WEIGHTS
+from nasbench.origin import mark
 from nasbench.pareto import front
 from nasbench.strategies.base import arch_of, proposal_of
 from search_spaces.base import Arch, SearchSpace, nearest
@@ -75,7 +76,7 @@ class Trial:
         assert self.space is not None
         canonical = self.space.canonical(self.arch)
         if not weights:
-            return self.space.build(canonical)
+            return mark(self.space.build(canonical), self.space, canonical)
         advice = "Use build(weights=False) and nasbench.fit(model, data)."
         if self.state != "complete":
             raise WeightsError(
@@ -95,10 +96,11 @@ class Trial:
         from safetensors.torch import load_file
 
         if self.supernet is None:
-            model = self.space.build(canonical)
+            model = mark(self.space.build(canonical), self.space, canonical)
         else:
             with torch.device("meta"):  # only the sub-network's own numbers are needed, and they come from the file
                 model = self.space.supernet(**self.supernet).extract(self.arch)
+            mark(model, self.space, self.arch, self.supernet)
         try:
             model.load_state_dict(load_file(path), assign=self.supernet is not None)
         except Exception as error:

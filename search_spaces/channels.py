@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -228,6 +228,29 @@ class Channels:
         Raises:
             GrowthError: it cannot be done; the message is the reason.
         """
+        return self.reindex_groups({group: rows}, exact)
+
+    def reindex_groups(self, rows: Mapping[Group, Sequence[int]], exact: bool = True) -> Reindexing:
+        """Return what becomes of the weights when several groups change at once, each as in `reindex`.
+
+        Raises:
+            GrowthError: it cannot be done; the message is the reason.
+        """
+        changes: dict[str, Tensor] = {}
+        for group, own in rows.items():
+            changes |= self._changes(group, own)
+        whole = Reindexing({}, {})
+        for found, calls in zip(self.traces, self._calls, strict=True):
+            whole = whole.joined(Reindexer(found, changes, exact).run())
+            for name in whole.maps:
+                added = f"{name}[*]" in changes
+                self.check(name, calls[name] + added)
+                if self._reads[name] and not added:
+                    raise GrowthError(f"{name!r} is read elsewhere in forward, too.")
+        return whole
+
+    def _changes(self, group: Group, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return for every maker of a group which of its channels are there, in their order."""
         if not group.segments:
             raise GrowthError("channels of one layer are tied to one another.")
         seen: set[int] = set()
@@ -244,15 +267,7 @@ class Channels:
             changes[maker] = torch.tensor([position[row] for i in segments for row in layout[i]], dtype=torch.long)
             if not len(changes[maker]):
                 raise GrowthError(f"{maker!r} would have no channels left.")
-        whole = Reindexing({}, {})
-        for found, calls in zip(self.traces, self._calls, strict=True):
-            whole = whole.joined(Reindexer(found, changes, exact).run())
-            for name in whole.maps:
-                added = f"{name}[*]" in changes
-                self.check(name, calls[name] + added)
-                if self._reads[name] and not added:
-                    raise GrowthError(f"{name!r} is read elsewhere in forward, too.")
-        return whole
+        return changes
 
     def widening(self, group: Group, own: Sequence[int], count: int, generator: torch.Generator) -> Reindexing:
         """Return what becomes of the weights when so many copies of these channels are drawn, a multiple of `step`.

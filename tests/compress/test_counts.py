@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from compress.counts import apportion, of_largest
+from compress.counts import apportion, largest
 
 
 def test_counts_are_exact_and_within_bounds_for_random_layers() -> None:
@@ -42,7 +42,9 @@ def test_an_impossible_sum_is_refused() -> None:
         apportion({"a": 1.0, "b": 1.0}, {"a": 5, "b": 5}, 1)
 
 
-def test_the_largest_scores_of_all_layers_are_counted_where_they_lie() -> None:
+def test_the_largest_scores_of_all_layers_are_kept_where_they_lie() -> None:
     scores = {"a": torch.tensor([[9.0, 1.0], [8.0, 2.0]]), "b": torch.tensor([7.0, 3.0, 6.0])}
-    assert of_largest(scores, 4) == {"a": 2, "b": 2}
-    assert of_largest({"a": torch.ones(3), "b": torch.zeros(3)}, 3) == {"a": 2, "b": 1}  # no layer is emptied
+    masks = largest(scores, 4)
+    assert masks["a"].tolist() == [[True, False], [True, False]] and masks["b"].tolist() == [True, False, True]
+    masks = largest({"a": torch.tensor([1.0, 3.0, 2.0]), "b": torch.zeros(3)}, 3)  # no layer is emptied
+    assert masks["a"].tolist() == [False, True, True] and masks["b"].tolist() == [True, False, False]

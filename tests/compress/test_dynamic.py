@@ -381,9 +381,9 @@ def test_set_depends_on_its_seed_alone() -> None:
 
 
 def test_set_draws_for_each_layer_anew() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    for layer in model:
-        attach(layer, "weight", torch.eye(8, dtype=torch.bool))
+    layer = nn.Linear(8, 8)
+    attach(layer, "weight", torch.eye(8, dtype=torch.bool))
+    model = nn.Sequential(layer, copy.deepcopy(layer))
     optimizer = momentum(model)
     DynamicSparsity(model, optimizer, "set", steps=10, interval=1, fraction=1.0)
     optimizer.step()

@@ -1,0 +1,123 @@
+"""Models as ONNX files, checked against the model itself."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from compress.errors import CompressionError
+from compress.pruning import finalize
+from nasbench.files import atomic_write
+
+Example = Tensor | tuple[Tensor, ...]
+
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+_LIMIT = 2**31  # bytes of an ONNX file without others beside it
+_TOLERANCE = 1e-3  # of the largest output; another order of additions gives about 1e-6
+
+
+def export(model: nn.Module, path: str | Path, *, example: Example) -> float:
+    """Write the model in evaluation mode to an ONNX file and check it; return the largest difference of an output.
+
+    Masks become zeros of ordinary weights. The first axis of every input is the batch, of any size. The file is run by
+    onnxruntime, on the example and on a batch of another size, before it takes its place: it is written whole or not at
+    all. The model stays as it is.
+
+    Args:
+        model: any module that torch.export can trace.
+        path: the file, such as "model.onnx".
+        example: a batch of inputs, (N, ...); a tuple for a model that takes several.
+
+    Returns:
+        The largest absolute difference of any output from the model's own, over both batches.
+
+    Raises:
+        ImportError: the packages of the extra `deploy` are not installed.
+        CompressionError: the model cannot be exported with a free batch size, has 2 GiB or more, or the file computes
+            something else than the model.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> export(model, "model.onnx", example=torch.rand(1, 3, 32, 32))  # doctest: +SKIP
+        2.4e-07
+    """
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise ImportError(f'export needs {" and ".join(missing)}: pip install "nasbench-toolkit[deploy]"')
+    inputs = example if isinstance(example, tuple) else (example,)
+    if not all(isinstance(x, Tensor) and x.ndim > 0 and len(x) > 0 for x in inputs) or not inputs:
+        raise CompressionError(
+            f"example is a batch of inputs, (N, ...), or a tuple of such, got {type(example).__name__}."
+        )
+    twin = finalize(model).cpu().eval()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in twin.state_dict().values())
+    if size >= _LIMIT:
+        raise CompressionError(f"the model has {size:,} bytes; an ONNX file holds less than {_LIMIT:,}.")
+    # A batch of one would be taken for a constant.
+    inputs = tuple(x.detach().cpu() for x in inputs)
+    inputs = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
+    more = tuple(torch.cat([x, x[:1]]) for x in inputs)
+    wanted = [_outputs(twin, batch) for batch in (inputs, more)]
+    with atomic_write(path) as temporary:
+        _write(twin, temporary, inputs)
+        found = [_run(temporary, batch) for batch in (inputs, more)]
+        return max(_difference(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    try:
+        with torch.no_grad():
+            return [x for x in tree_leaves(model(*inputs)) if isinstance(x, Tensor)]
+    except Exception as error:
+        shapes = ", ".join(" x ".join(map(str, x.shape)) for x in inputs)
+        raise CompressionError(f"the model does not take a batch of {shapes}, as it must any: {error}") from error
+
+
+def _write(model: nn.Module, path: Path, inputs: tuple[Tensor, ...]) -> None:
+    batch = torch.export.Dim("batch")
+    names = [f"input{i}" for i in range(len(inputs))] if len(inputs) > 1 else ["input"]
+    try:
+        torch.onnx.export(
+            model,
+            inputs,
+            path,
+            input_names=names,
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise CompressionError(
+            f"{type(model).__name__} cannot be exported with a free batch size: {reason} torch.export must be able to "
+            "trace it: no Python branches on values, no fixed batch."
+        ) from error
+
+
+def _run(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    given: dict[str, Any] = {put.name: x.numpy() for put, x in zip(session.get_inputs(), inputs, strict=True)}
+    return [torch.from_numpy(y) for y in session.run(None, given)]
+
+
+def _difference(wanted: list[Tensor], found: list[Tensor]) -> float:
+    if [x.shape for x in wanted] != [x.shape for x in found]:
+        raise CompressionError("the exported file gives outputs of other shapes than the model, so it was not written.")
+    largest = 0.0
+    for a, b in zip(wanted, found, strict=True):
+        if not a.numel():
+            continue
+        difference = float((a.double() - b.double()).abs().max())
+        if not difference <= _TOLERANCE * max(1.0, float(a.double().abs().max())):  # also where it is not a number
+            raise CompressionError(
+                f"an output of the exported file differs from the model's by {difference:.3g}, so it was not written."
+            )
+        largest = max(largest, difference)
+    return largest

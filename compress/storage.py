@@ -1,0 +1,285 @@
+"""Compressed models as files: a safetensors file that holds masks and kept values, read back by name.
+
+The file is a plain safetensors file. Its metadata has two entries. "compress" is JSON: the version of the format; under
+"tensors" how each parameter and buffer is written; and under "origin" the space and architecture, for a network of our
+spaces. "sha256" is the checksum of that text and of all arrays. Nothing is pickled and no import path is read.
+
+How a tensor `name` is written is one entry, `encoding`, with fields of its own:
+
+- "dense": the array `name` is the tensor.
+- "bitmask", "gaps": `name/values` are the kept values, and `name/mask` or `name/gaps` says where in a tensor of `shape`
+  they are (`compress.encodings`). With `masked` they are kept by a mask, without it the other entries are just zero.
+
+With `channels_last` a tensor lies in memory that way. The weight of a grouped convolution also has `groups`. A tensor
+that another entry has already is ``{"same": name}``.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from compress.encodings import ENCODINGS, smallest
+from compress.errors import CompressionError
+from compress.filling import Slot, Stored, fill, slots_of
+from nasbench.errors import SettingError
+from nasbench.files import atomic_write
+from nasbench.origin import Origin, origin_of
+from search_spaces.arch import nearest
+
+VERSION = 1
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16 or float8
+_LARGEST = 2**31  # of an axis
+
+
+def save(model: nn.Module, path: str | Path) -> Path:
+    """Write a model's parameters and buffers to a safetensors file, sparse ones without their zeros; return its path.
+
+    Each tensor takes the fewest bytes of three ways: all its values; or its kept values and one bit for every entry; or
+    its kept values and a byte for each of them. Kept are the entries that a mask keeps, or those that are not zero
+    where there is no mask (a dropped zero loses its sign). The kept values are bit for bit the model's. The file is
+    written whole or not at all.
+
+    Args:
+        model: any module. What a mask has dropped is not written, also where an optimizer has moved it.
+        path: the file, such as "model.safetensors".
+
+    Raises:
+        CompressionError: the model has something that is no tensor with numbers: an extra state, a lazy or meta tensor.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from search_spaces.masks import attach
+        >>> layer = nn.Linear(1000, 100, bias=False)
+        >>> attach(layer, "weight", torch.arange(100_000).view(100, 1000) % 20 == 0)
+        >>> path = save(layer, Path(tempfile.mkdtemp()) / "layer.safetensors")
+        >>> path.stat().st_size  # 5,000 values and gaps, and the header; dense it has 400,000 bytes
+        25376
+        >>> torch.equal(load(path, nn.Linear(1000, 100, bias=False)).weight, layer.weight)
+        True
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    arrays: dict[str, Tensor] = {}
+    names: dict[tuple[int, int], str] = {}
+    for name, slot in slots_of(model).items():
+        first = names.setdefault((id(slot.tensor), id(slot.mask)), name)
+        if first == name:
+            entries[name], parts = _encode(name, slot)
+            if clash := arrays.keys() & parts.keys():
+                raise CompressionError(f"two tensors of the model would both be stored as {clash.pop()!r}; rename one.")
+            arrays |= parts
+        else:
+            entries[name] = {"same": first}
+        if slot.attribute == "weight" and (groups := getattr(slot.module, "groups", 1)) != 1:
+            entries[name]["groups"] = groups
+    header: dict[str, Any] = {"version": VERSION, "tensors": entries}
+    if (origin := origin_of(model)) is not None:
+        header["origin"] = json.loads(origin.to_json())
+    text = json.dumps(header)
+    with atomic_write(path) as temporary:
+        save_file(arrays, temporary, metadata={"compress": text, "sha256": _checksum(text, arrays)})
+    return Path(path)
+
+
+def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
+    """Return a copy of `module` with the stored tensors in it, by name; masks are on it as they were when saved.
+
+    Convolutions, linear layers, norms, PReLU and embeddings that have other sizes in the file are given those.
+
+    Args:
+        path: a file that `save` wrote.
+        module: the network that was saved, compressed or not; its own masks and values do not matter. A network of our
+            spaces needs none: the file names space and architecture. It is then returned in eval mode, on the CPU.
+
+    Raises:
+        CompressionError: the file cannot be read, is damaged, of another kind or a newer version, or does not fit the
+            module; or a module is needed. The module stays as it is.
+
+    Example:
+        >>> import tempfile
+        >>> from nasbench.origin import mark
+        >>> from search_spaces import ResNet
+        >>> space = ResNet(classes=10, in_channels=1)
+        >>> model = mark(space.build(space.at(0)), space, space.at(0)).eval()
+        >>> twin = load(save(model, Path(tempfile.mkdtemp()) / "model.safetensors"))
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> torch.equal(twin(x), model(x))
+        True
+    """
+    stored, origin = read(path)
+    if module is not None:
+        twin = copy.deepcopy(module)
+        fill(twin, stored, path)
+        return twin
+    if origin is None:
+        raise CompressionError(f"{path} names no network of our spaces: load(path, module) needs the network, too.")
+    try:
+        twin = origin.build("meta")  # all numbers come from the file
+        fill(twin, stored, path)
+        if any(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers())):  # but for those no file has
+            twin = origin.build()
+            fill(twin, stored, path)
+    except SettingError as error:
+        raise CompressionError(f"the network that {path} names cannot be built: {error}") from error
+    return twin.eval()
+
+
+def read(path: str | Path) -> tuple[dict[str, Stored], Origin | None]:
+    """Return what is in a file that `save` wrote, by name, and which network of our spaces it is, if it is one.
+
+    Raises:
+        CompressionError: see `load`.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            header = _header(path, metadata)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except OSError as error:
+        raise CompressionError(f"cannot read {path}: {error}. Name a file that compress.save wrote.") from None
+    except SafetensorError as error:
+        raise CompressionError(
+            f"{path} is damaged, or no safetensors file ({error}). Name a file that compress.save wrote."
+        ) from None
+    if _checksum(metadata["compress"], arrays) != metadata.get("sha256"):
+        raise _damaged(path, "its checksum is another")
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, array in arrays.items():
+        parts.setdefault(key if key in header["tensors"] else key.rpartition("/")[0], {})[key] = array
+    stored: dict[str, Stored] = {}
+    for name, entry in header["tensors"].items():
+        try:
+            groups = _whole(entry.get("groups", 1), 1)
+            if "same" in entry:
+                one = stored[entry["same"]]
+                stored[name] = Stored(one.tensor, one.mask, one.encoding, groups, one.root)
+                continue
+            tensor, mask = _decode(entry, name, parts.pop(name, {}))
+            tensor = _channels_last(tensor) if entry.get("channels_last") and tensor.ndim == 4 else tensor
+            stored[name] = Stored(tensor, mask, entry["encoding"], groups, name)
+        except (CompressionError, KeyError, TypeError, AttributeError) as error:
+            what = error if isinstance(error, CompressionError) else f"its entry makes no sense ({error!r})"
+            raise _damaged(path, f"{name!r}: {what}") from None
+    if parts:
+        raise _damaged(path, f"nothing says what its arrays of {min(parts)!r} are")
+    try:
+        origin = Origin.from_json(json.dumps(header["origin"])) if "origin" in header else None
+    except SettingError as error:
+        raise CompressionError(f"the network that {path} names cannot be built: {error}") from None
+    return stored, origin
+
+
+def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if "compress" not in metadata:
+        raise CompressionError(f"{path} was not written by compress.save: it is a safetensors file of another kind.")
+    try:
+        header = json.loads(metadata["compress"])
+        version = header["version"]
+        if isinstance(version, int) and version > VERSION:
+            raise CompressionError(
+                f"{path} has format {version}, this version reads up to {VERSION}. Update nasbench-toolkit."
+            )
+        if version != VERSION or not isinstance(header["tensors"], dict):
+            raise _damaged(path, "its header makes no sense")
+    except CompressionError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, f"its header makes no sense ({error!r})") from None
+    return dict(header)
+
+
+def _damaged(path: str | Path, what: str) -> CompressionError:
+    return CompressionError(f"{path} is damaged: {what}. Save the model again, or restore the file from a copy.")
+
+
+def _checksum(text: str, arrays: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"\n{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _whole(value: Any, least: int) -> int:
+    if type(value) is not int or not least <= value < _LARGEST:
+        raise CompressionError(f"{value!r} is no size")
+    return value
+
+
+def _encode(name: str, slot: Slot) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensor = slot.tensor.detach()
+    if tensor.is_meta or is_lazy(slot.tensor) or tensor.layout != torch.strided:
+        raise CompressionError(f"{name!r} has no numbers to store (a meta, lazy or sparse tensor): give it some first.")
+    entry: dict[str, Any] = {"masked": True} if slot.mask is not None else {}
+    if (
+        tensor.ndim == 4
+        and tensor.stride() == _channels_last(tensor.to("meta")).stride() != tensor.contiguous().stride()
+    ):
+        entry["channels_last"] = True  # on which the last bits of a convolution depend
+    tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)
+    # Biases and statistics that happen to be zero are not worth the two lines in the header.
+    small = slot.mask is None and tensor.ndim < 2
+    if small or tensor.element_size() not in _BITS or tensor.dtype == torch.bool:
+        return entry | {"encoding": "dense"}, {name: tensor}
+    bits = tensor.view(_BITS[tensor.element_size()]).flatten()
+    if slot.mask is not None:
+        kept = slot.mask.cpu().flatten().numpy()
+    else:  # some kinds of float8 have another number in place of -0
+        kept = ((tensor.flatten() if tensor.element_size() > 1 else bits) != 0).numpy()
+    dense = slot.mask is None or bool(kept.all())
+    encoding, code = smallest(kept, tensor.element_size(), dense=dense)
+    entry["encoding"] = encoding
+    if code is None:
+        return entry, {name: tensor}
+    values = bits[torch.from_numpy(kept)].view(tensor.dtype)
+    part = ENCODINGS[encoding].part
+    parts = {f"{name}/values": values, f"{name}/{part}": torch.from_numpy(code)}
+    return entry | {"shape": list(tensor.shape)}, parts
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
+
+
+def _decode(entry: Mapping[str, Any], name: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return the tensor and its mask; nothing is allocated before it is known that the parts are of its size."""
+    encoding = entry["encoding"]
+    masked = bool(entry.get("masked", False))
+    if encoding == "dense":
+        _expect(parts, name)
+        tensor = parts[name]
+        return tensor, torch.ones_like(tensor, dtype=torch.bool) if masked else None
+    if encoding not in ENCODINGS:
+        raise CompressionError(f"its encoding {encoding!r} is not known; {nearest(encoding, ['dense', *ENCODINGS])}")
+    way = ENCODINGS[encoding]
+    _expect(parts, f"{name}/values", f"{name}/{way.part}")
+    values, code = parts[f"{name}/values"], parts[f"{name}/{way.part}"]
+    shape = tuple(_whole(size, 0) for size in entry["shape"])
+    if values.ndim != 1 or values.element_size() not in _BITS or code.ndim != 1 or code.dtype != torch.uint8:
+        raise CompressionError("its arrays are of another kind")
+    kept = way.decode(code.numpy(), math.prod(shape))
+    if (count := int(np.count_nonzero(kept))) != values.numel():
+        raise CompressionError(f"{values.numel()} values for {count} kept entries")
+    mask = torch.from_numpy(kept)
+    bits = torch.zeros(kept.size, dtype=_BITS[values.element_size()])
+    bits[mask] = values.view(bits.dtype)
+    return bits.view(values.dtype).view(shape), mask.view(shape) if masked else None
+
+
+def _expect(parts: Mapping[str, Tensor], *names: str) -> None:
+    if parts.keys() != set(names):
+        raise CompressionError(f"it has the arrays {', '.join(sorted(parts)) or 'none'}, not {', '.join(names)}")

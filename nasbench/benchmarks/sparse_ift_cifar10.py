@@ -1,0 +1,67 @@
+"""Sparse-IFT on CIFAR-10 images: larger sparse layers against the dense ones, at equal multiply-adds.
+
+    python -m nasbench.benchmarks.sparse_ift_cifar10 cifar10.npz [--seeds 3]
+
+`cifar10.npz` holds x_train, y_train, x_test, y_test. The dense network is a ResNet of three blocks; every member of the
+family replaces its layers at the same number of multiply-adds (of weights that are not zero), is trained in the same
+way and for as many steps on training and validation images, with RigL or a mask that stays, and tested once. On dense
+hardware the larger networks take longer, and the seconds of training say by how much. The dense network of the width
+of "wide" is trained too: what the same hardware time buys. Two processes run at a time, on one thread each.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import compress
+import nasbench as nb
+from compress.iso_flop import KINDS
+from compress.layer_macs import macs
+from nasbench.benchmarks import sparse_runs
+from nasbench.benchmarks.common import record
+
+
+def main() -> None:
+    """Train every variant with every seed, and record."""
+    parser = sparse_runs.arguments(__doc__, images=5000, epochs=10)
+    parser.add_argument("--width", type=int, default=8, help="of the first block of the dense network")
+    parser.add_argument("--sparsity", type=float, default=0.75)
+    parser.add_argument("--interval", type=int, default=25, help="steps between two changes of the masks")
+    options = parser.parse_args()
+    if options.child:
+        name, seed, file = options.child
+        Path(file).write_text(json.dumps(train(options, name, int(seed))))
+        return
+    names = ["dense", "dense of twice the width", *(f"{kind}, rigl" for kind in KINDS), "wide, static"]
+    runs = sparse_runs.run_all(__file__, names, options.seeds)
+    figures = {name: sparse_runs.summary(own, None if name == "dense" else runs["dense"]) for name, own in runs.items()}
+    settings = {k: v for k, v in vars(options).items() if k not in ("data", "seeds", "child")}
+    record(__file__, figures, seeds=range(options.seeds), threads_of_a_process=1, **settings)
+
+
+def train(options: Any, name: str, seed: int) -> dict[str, Any]:
+    """Train one network and test it."""
+    data = nb.data.load(options.data, train_images=options.images)
+    x = torch.zeros(1, *data.shape)
+    dense = sparse_runs.resnet8(options.width, data, seed)
+    kind, _, method = name.partition(", ")
+    callbacks: list[nb.Callback] = []
+    if kind == "dense":
+        model = dense
+    elif not method:
+        model = sparse_runs.resnet8(2 * options.width, data, seed)
+    else:
+        model = compress.sparse_ift(dense, kind=kind, sparsity=options.sparsity, example=x, seed=seed)
+        if method == "rigl":
+            callbacks = [compress.DynamicCallback("rigl", interval=options.interval, seed=seed)]
+    found = sparse_runs.train(model, data, seed, options, callbacks)
+    cost = macs(model, x)
+    return found | {"kept_macs": cost.sparse, "macs_to_dense": round(cost.sparse / macs(dense, x).dense, 4)}
+
+
+if __name__ == "__main__":
+    main()
