@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compress.pruning import finalize, masks, prune
     from compress.reporting import Report, report
     from compress.storage import load, save
+    from compress.structured import ChannelPlan, channel_plan
 
 _WHERE = {
     "callbacks": ["DynamicCallback"],
@@ -31,15 +32,18 @@ _WHERE = {
     "pruning": ["finalize", "masks", "prune"],
     "reporting": ["Report", "report"],
     "storage": ["load", "save"],
+    "structured": ["ChannelPlan", "channel_plan"],
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
+    "ChannelPlan",
     "CompressionError",
     "Densities",
     "DynamicCallback",
     "DynamicSparsity",
     "Report",
+    "channel_plan",
     "compare_macs",
     "densities",
     "export",

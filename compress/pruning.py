@@ -25,7 +25,7 @@ def prune(
     density: float | Mapping[str, float],
     *,
     distribution: str | None = None,
-    method: str = "random",
+    method: str | None = None,
     exclude: Sequence[str] = (),
     batch: tuple[Any, Any] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
@@ -41,9 +41,10 @@ def prune(
     gradient clipping, averaging, mixed precision, DistributedDataParallel, `copy.deepcopy` and `torch.compile`, and it
     is in ``state_dict``. A ``state_dict`` of the model without masks can be loaded too.
 
-    Masks make a network no faster, and a parametrization changes two things. ``nn.init`` on a masked weight does
-    nothing (it fills a temporary copy): initialise before you prune. And torch refuses to pickle the model: use
-    `compress.save` instead of ``torch.save(model)``, or save ``model.state_dict()``.
+    Masks make a network no faster, and until `finalize` a little slower, as every forward multiplies them. A
+    parametrization also changes two things. ``nn.init`` on a masked weight does nothing (it fills a temporary copy):
+    initialise before you prune. And torch refuses to pickle the model: use `compress.save` instead of
+    ``torch.save(model)``, or save ``model.state_dict()``.
 
     Args:
         model: any module; it stays as it is unless `inplace`.
@@ -51,15 +52,16 @@ def prune(
             returns, where layers it does not name get no mask.
         distribution: one of `compress.density.RULES`: how many weights each layer keeps. If None, that is "erk" for
             "random"; the others keep the best weights of all layers together.
-        method: which weights are kept: "random" ones; the largest by "magnitude"; or the best for "snip", "grasp" or
-            "synflow".
+        method: which weights are kept: "random" ones, the default; the largest by "magnitude"; or the best for "snip",
+            "grasp" or "synflow".
         exclude: names of layers, of modules that hold layers, or of parameters, that get no mask.
         batch: (x, y), inputs and targets: "snip", "grasp" and "synflow" need it, the last only for the shape of x.
         loss: of outputs and targets, for "snip" and "grasp"; cross-entropy if None.
         seed: of random choices.
         inplace: mask the model itself. Its Parameter objects stay, so an optimizer made before works on.
-        structured: remove whole channels instead: really smaller tensors, and faster. Distributions and methods are
-            then those of `compress.structured.prune_channels`.
+        structured: remove whole channels instead: really smaller tensors, and faster. `density` is then a share of
+            channels, and distributions and methods are those of `compress.structured.prune_channels`, by default
+            "uniform" and "magnitude".
         example: with `structured`, a batch that the model takes.
 
     Raises:
@@ -79,11 +81,13 @@ def prune(
     zero. For the other methods see `compress.scores`.
     """
     if structured:
-        settings: dict[str, Any] = {} if distribution is None else {"distribution": distribution}
-        settings |= {"method": method, "exclude": exclude, "batch": batch, "loss": loss, "seed": seed}
+        asked = {"distribution": distribution, "method": method}
+        settings: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        settings |= {"exclude": exclude, "batch": batch, "loss": loss, "seed": seed}
         return _channels(model, density, inplace, example, settings)
     if example is not None:
         raise CompressionError("example is for structured=True; masks need none.")
+    method = "random" if method is None else method
     if method not in METHODS:
         raise CompressionError(f"there is no pruning method {method!r}; {nearest(method, METHODS)}")
     by_scores = distribution is None and method != "random"

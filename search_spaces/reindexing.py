@@ -129,11 +129,18 @@ class Reindexing:
             for name, change in self.maps.items():
                 owner, _, own = name.rpartition(".")
                 module = model.get_submodule(owner)
-                new = change.values(getattr(module, own))
+                old = getattr(module, own)
+                new = _laid_out(change.values(old), old.stride())
                 setattr(module, own, nn.Parameter(new) if own in module._parameters else new)
         for name, attributes in self.attributes.items():
             for attribute, value in attributes.items():
                 setattr(model.get_submodule(name), attribute, value)
+
+
+def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return a tensor with its dimensions in memory in the order of these strides, as `torch.channels_last` is one."""
+    order = sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
+    return tensor.permute(order).contiguous().permute([order.index(axis) for axis in range(tensor.ndim)])
 
 
 @dataclass(frozen=True, eq=False)

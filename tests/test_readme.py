@@ -10,6 +10,8 @@ from random import Random
 
 import pytest
 
+from search_spaces import NASBench201
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -21,7 +23,6 @@ def run(block: str, known: Mapping[str, object] | None = None, **smaller: str) -
         assert f"{old}=" in block, f"{old}= is not in the snippet"
         block = re.sub(rf"\b{old}=\d+", f"{old}={new}", block)
     import nasbench
-    from search_spaces import NASBench201
 
     scope: dict[str, object] = {"__name__": "__main__", "nb": nasbench, "NASBench201": NASBench201}
     scope |= known or {}
@@ -53,15 +54,24 @@ def test_sizes_are_searched() -> None:
     assert scope["result"].best.arch in scope["result"].space  # type: ignore[attr-defined]
 
 
+def test_a_network_is_made_small(tmp_path: Path) -> None:
+    import nasbench as nb
+
+    small = nb.data.load("digits", train_images=600)
+    result = nb.search(NASBench201(channels=4, cells=1), small, "random", trials=1, epochs=1, progress=False)
+    run(BLOCKS[3], {"data": small, "result": result, "model": result.best.build()}, epochs="1", interval="1")
+    assert (tmp_path / "sparse.safetensors").exists()
+
+
 def test_the_comparison_runs(tmp_path: Path) -> None:
-    run(BLOCKS[3], trials="12", seeds="2")
+    run(BLOCKS[4], trials="12", seeds="2")
     assert (tmp_path / "comparison.png").exists()
 
 
 def test_the_space_and_the_strategy_work_together() -> None:
     import nasbench as nb
 
-    scope = run(BLOCKS[4] + BLOCKS[5])
+    scope = run(BLOCKS[5] + BLOCKS[6])
     data = nb.data.load("digits", train_images=100)
     space = scope["Chain"]().bind(data)  # type: ignore[operator]
     assert space.sample(Random(0)) in space

