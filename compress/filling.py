@@ -157,7 +157,7 @@ def _resize(module: nn.Module, tensors: Mapping[str, tuple[str, Tensor, Stored]]
         return
     sizes, expected = _sizes(module, shapes, groups)
     for attribute, (name, old, _) in tensors.items():
-        if shapes[attribute] != expected.get(attribute, tuple(old.shape)):
+        if not sizes or shapes[attribute] != expected.get(attribute, tuple(old.shape)):
             raise CompressionError(
                 f"{name!r} is {_times(shapes[attribute])} in the file (groups={groups}) and {_times(old.shape)} in the "
                 f"module, a {type(module).__name__} that cannot be given it. Give a module with the stored shapes."

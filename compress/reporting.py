@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from compress.errors import CompressionError
 from compress.layer_macs import macs
@@ -23,7 +25,7 @@ from nasbench.profile import Latency
 Example = Tensor | tuple[Tensor, ...]
 
 MASKS_ONLY = "masks only: smaller when packed, no faster on this device"
-_COUNTS = ("params", "weights", "nonzeros", "macs", "kept_macs", "bytes")
+_COUNTS = ("params", "weights", "nonzeros", "bytes", "macs", "kept_macs")
 _ROUNDS = 7  # of which each times every model once
 
 
@@ -35,9 +37,10 @@ class Report:
         params: parameters, dropped ones included, those that layers share once.
         weights: those of convolutions, linear layers and attention: what can be pruned.
         nonzeros: how many of these a mask keeps, or are not zero where there is no mask.
-        macs: multiply-adds of one input as the kernels do them, which multiply with zeros like with other numbers.
-        kept_macs: those of kept weights.
         bytes: size of the file that `compress.save` writes.
+        macs: multiply-adds of one input as the kernels do them, which multiply with zeros like with other numbers;
+            None without an example.
+        kept_macs: those of kept weights.
         latency: of the example's batch, with dense kernels, which are all that is used here.
         note: what must be said of these numbers, or nothing.
         baseline: the same of the model it is compared with, if one was given.
@@ -47,10 +50,10 @@ class Report:
     params: int
     weights: int
     nonzeros: int
-    macs: int
-    kept_macs: int
     bytes: int
-    latency: Latency
+    macs: int | None = None
+    kept_macs: int | None = None
+    latency: Latency | None = None
     note: str = ""
     baseline: Report | None = None
     max_difference: float | None = None
@@ -62,8 +65,10 @@ class Report:
 
     def to_dict(self) -> dict[str, int | float | str]:
         """Return the numbers by name; those of the baseline begin with ``baseline_``."""
-        own: dict[str, int | float | str] = {name: getattr(self, name) for name in (*_COUNTS, "density")}
-        own |= {"latency_ms": self.latency.median_ms, "latency_iqr_ms": self.latency.iqr_ms, "note": self.note}
+        named = {name: getattr(self, name) for name in (*_COUNTS, "density")} | {"note": self.note}
+        if self.latency is not None:
+            named |= {"latency_ms": self.latency.median_ms, "latency_iqr_ms": self.latency.iqr_ms}
+        own = {name: value for name, value in named.items() if value is not None}
         if self.baseline is None:
             return own
         own |= {f"baseline_{name}": value for name, value in self.baseline.to_dict().items() if name != "note"}
@@ -84,19 +89,19 @@ class Report:
         ]
         if self.max_difference is not None:
             lines.append(f"largest difference of an output: {self.max_difference:.3g}")
-        time = self.latency
-        lines.append(
-            f"latency: dense kernels, batch {time.batch}, {time.device}, {time.threads} "
-            f"thread{'s' if time.threads > 1 else ''}, median of {time.repeats} timings, the middle half "
-            "within so many ms"
-        )
+        if (took := self.latency) is not None:
+            lines.append(
+                f"latency: dense kernels, batch {took.batch}, {took.device}, {took.threads} "
+                f"thread{'s' if took.threads > 1 else ''}, median of {took.repeats} timings, the middle half "
+                "within so many ms"
+            )
         return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
 def report(
     source: str | Path | nn.Module,
     *,
-    example: Example,
+    example: Example | None = None,
     baseline: nn.Module | None = None,
     device: str | torch.device = "cpu",
     min_seconds: float = 0.2,
@@ -108,7 +113,8 @@ def report(
 
     Args:
         source: a file that `compress.save` wrote, or a module.
-        example: a batch, (N, ...); a tuple for a model that takes several inputs.
+        example: a batch, (N, ...); a tuple for a model that takes several inputs. Without one nothing is run, and only
+            the sizes are reported.
         baseline: the original network. A file that names no network of our spaces needs it, to be loaded into.
         device: where the models are timed.
         min_seconds: for how long each is timed.
@@ -127,50 +133,52 @@ def report(
         >>> result.note
         'masks only: smaller when packed, no faster on this device'
     """
-    inputs = example if isinstance(example, tuple) else (example,)
-    if not inputs or not all(isinstance(x, Tensor) and x.ndim > 0 and len(x) > 0 for x in inputs):
+    inputs: tuple[Tensor, ...] = () if example is None else example if isinstance(example, tuple) else (example,)
+    if example is not None and not (inputs and all(isinstance(x, Tensor) and x.ndim and len(x) for x in inputs)):
         raise CompressionError(f"example is a batch of inputs, (N, ...), or a tuple of such, got {example!r}.")
     if not min_seconds > 0:
         raise CompressionError(f"latency is measured for more than 0 seconds, got min_seconds={min_seconds!r}.")
     place = pick_device(device)
     with tempfile.TemporaryDirectory() as folder:
         path = save(source, Path(folder) / "model.safetensors") if isinstance(source, nn.Module) else Path(source)
-        model = load(path, source if isinstance(source, nn.Module) else baseline).eval()
+        models = [load(path, source if isinstance(source, nn.Module) else baseline).cpu().eval()]
         packed = any(stored.mask is not None or stored.encoding != "dense" for stored in read(path)[0].values())
-        models, sizes = [model], [path.stat().st_size]
+        sizes = [path.stat().st_size]
         if baseline is not None:
-            models.append(copy.deepcopy(baseline).eval())
+            models.append(copy.deepcopy(baseline).cpu().eval())
             sizes.append(save(baseline, Path(folder) / "baseline.safetensors").stat().st_size)
-    difference = _difference(*(_outputs(one, inputs) for one in models)) if baseline is not None else None
-    times = _times(models, inputs, place, min_seconds)
-    parts = [_counted(*each, inputs) for each in zip(models, sizes, times, strict=True)]
-    other = Report(**parts[1]) if baseline is not None else None
+    figures = [_sizes(model) | {"bytes": size} for model, size in zip(models, sizes, strict=True)]
+    difference = None
+    if example is not None:
+        inputs = tuple(x.detach().cpu() for x in inputs)
+        outputs = [_outputs(model, inputs) for model in models]
+        if baseline is not None:
+            difference = _difference(*outputs)
+        for own, model, latency in zip(figures, models, _times(models, inputs, place, min_seconds), strict=True):
+            counted = macs(model, tuple(x[:1] for x in inputs))
+            own |= {"macs": counted.dense, "kept_macs": counted.sparse, "latency": latency}
+    other = Report(**figures[1]) if baseline is not None else None
     note = MASKS_ONLY if packed else ""
-    if packed and other is not None and parts[0]["macs"] < other.macs:
+    if packed and other is not None and figures[0]["params"] < other.params:
         note = "masks: smaller when packed, no faster on this device; what is faster is so for its smaller layers"
-    return Report(**parts[0], note=note, baseline=other, max_difference=difference)
+    return Report(**figures[0], note=note, baseline=other, max_difference=difference)
 
 
-def _counted(model: nn.Module, size: int, latency: Latency, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+def _sizes(model: nn.Module) -> dict[str, Any]:
     found = {id(weight.parameter): weight for weight in weights(model).values()}.values()
-    one = tuple(x[:1].cpu() for x in inputs)
-    counted = macs(model.cpu(), one)
+    if not found:
+        raise CompressionError(f"{type(model).__name__} has no convolution, linear layer or attention to report on.")
     return {
         "params": sum(p.numel() for p in model.parameters()),
         "weights": sum(weight.size for weight in found),
         "nonzeros": sum(int((w.parameter if w.mask is None else w.mask).count_nonzero()) for w in found),
-        "macs": counted.dense,
-        "kept_macs": counted.sparse,
-        "bytes": size,
-        "latency": latency,
     }
 
 
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    twin = copy.deepcopy(model).cpu()
     try:
         with torch.no_grad():
-            return [x for x in tree_leaves(twin(*(x.cpu() for x in inputs))) if isinstance(x, Tensor)]
+            return [x for x in tree_leaves(model(*inputs)) if isinstance(x, Tensor)]
     except Exception as error:
         shapes = ", ".join(" x ".join(map(str, x.shape)) for x in inputs)
         raise CompressionError(f"the model does not take an example of {shapes}: {error}") from error
@@ -180,8 +188,8 @@ def _difference(outputs: list[Tensor], wanted: list[Tensor]) -> float:
     shapes = [tuple(x.shape) for x in outputs], [tuple(x.shape) for x in wanted]
     if shapes[0] != shapes[1]:
         raise CompressionError(f"the model gives outputs of shapes {shapes[0]}, the baseline {shapes[1]}.")
-    pairs = zip(outputs, wanted, strict=True)
-    return max((float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel()), default=0.0)
+    flat = [torch.cat([x.double().flatten() for x in xs]) if xs else torch.zeros(0) for xs in (outputs, wanted)]
+    return float((flat[0] - flat[1]).abs().max()) if flat[0].numel() else 0.0
 
 
 def _times(
@@ -191,39 +199,32 @@ def _times(
 
     Images and image models are in the channels-last layout that our data and training have.
     """
-    from torch.utils.benchmark import Measurement, Timer  # which load torch's C++ compiler driver
-
-    wait = {"cuda": "; torch.cuda.synchronize()", "mps": "; torch.mps.synchronize()"}.get(device.type, "")
-    threads = torch.get_num_threads()
-    placed = tree_map(lambda x: _channels_last(x.to(device)), inputs)
-    with torch.inference_mode():
-        timers = []
-        for model in models:
-            twin = finalize(model).to(device)
-            twin = twin.to(memory_format=torch.channels_last) if any(x.ndim == 4 for x in inputs) else twin
-            names = {"model": twin, "inputs": placed, "torch": torch}
-            timers.append(Timer(f"model(*inputs){wait}", globals=names, num_threads=threads))
-        # A first call of each warms up; then as many calls a round as fill its share of the time.
-        calls = [_calls(timer, min_seconds / _ROUNDS) for timer in timers]
-        rounds = [[timer.timeit(number) for timer, number in zip(timers, calls, strict=True)] for _ in range(_ROUNDS)]
-    merged = [Measurement.merge(taken)[0] for taken in zip(*rounds, strict=True)]
+    placed = tuple(_channels_last(x.to(device)) for x in inputs)
+    twins = [finalize(model).to(device) for model in models]
+    if any(x.ndim == 4 for x in inputs):
+        twins = [twin.to(memory_format=torch.channels_last) for twin in twins]
+    for twin in twins:  # warms up
+        _seconds(twin, placed, 1)
+    calls = [max(1, round(min_seconds / _ROUNDS / _seconds(twin, placed, 1))) for twin in twins]
+    rounds = [[_seconds(twin, placed, count) for twin, count in zip(twins, calls, strict=True)] for _ in range(_ROUNDS)]
+    low, median, high = np.percentile(rounds, (25, 50, 75), axis=0) * 1e3
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return [
-        Latency(
-            median_ms=taken.median * 1e3,
-            iqr_ms=taken.iqr * 1e3,
-            repeats=len(taken.times),
-            threads=threads,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            batch=len(inputs[0]),
-        )
-        for taken in merged
+        Latency(float(median[i]), float(high[i] - low[i]), _ROUNDS, torch.get_num_threads(), name, len(inputs[0]))
+        for i in range(len(models))
     ]
 
 
-def _calls(timer: Any, seconds: float) -> int:
-    timer.timeit(1)
-    once: float = timer.timeit(1).median
-    return max(1, round(seconds / max(once, 1e-9)))
+@torch.inference_mode()
+def _seconds(model: nn.Module, inputs: tuple[Tensor, ...], calls: int) -> float:
+    """Return the mean time of so many calls; on a GPU each is waited for."""
+    kind = inputs[0].device.type
+    start = time.perf_counter()
+    for _ in range(calls):
+        model(*inputs)
+        if kind != "cpu":
+            torch.accelerator.synchronize()
+    return (time.perf_counter() - start) / calls
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -232,9 +233,9 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _figures(report: Report) -> dict[str, tuple[str, float]]:
     """Return a report's rows, as text and as numbers."""
-    time = report.latency
-    counts = {name: (f"{getattr(report, name):,}", float(getattr(report, name))) for name in _COUNTS}
-    return counts | {
-        "density": (f"{report.density:.4f}", report.density),
-        "latency": (f"{time.median_ms:.3g} ms within {time.iqr_ms:.2g}", time.median_ms),
-    }
+    numbers = {name: getattr(report, name) for name in _COUNTS}
+    rows = {name: (f"{number:,}", float(number)) for name, number in numbers.items() if number is not None}
+    rows["density"] = f"{report.density:.4f}", report.density
+    if (took := report.latency) is not None:
+        rows["latency"] = f"{took.median_ms:.3g} ms within {took.iqr_ms:.2g}", took.median_ms
+    return rows

@@ -221,9 +221,9 @@ def _whole(value: Any, least: int) -> int:
 
 
 def _encode(name: str, slot: Slot) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensor = slot.tensor.detach()
-    if tensor.is_meta or is_lazy(slot.tensor) or tensor.layout != torch.strided:
+    if is_lazy(slot.tensor) or slot.tensor.is_meta or slot.tensor.layout != torch.strided:
         raise CompressionError(f"{name!r} has no numbers to store (a meta, lazy or sparse tensor): give it some first.")
+    tensor = slot.tensor.detach()
     entry: dict[str, Any] = {"masked": True} if slot.mask is not None else {}
     if (
         tensor.ndim == 4
