@@ -32,7 +32,7 @@ def channel_scores(
     if method == "taylor":
         assert batch is not None
         gradients = _gradients(found.model, batch, loss)
-        sums = {name: value * gradients[name] for name, value in values.items() if name in gradients}
+        sums = {name: value * gradients[name].float() for name, value in values.items() if name in gradients}
     else:
         sums = {name: value**2 for name, value in values.items()}
     scores = {}

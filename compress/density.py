@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from compress import scores
 from compress.counts import apportion, largest
 from compress.errors import CompressionError
+from compress.tables import aligned
 from compress.weights import Weight, prunable, weights
 from search_spaces.arch import nearest
 from search_spaces.masks import keep_count
@@ -64,13 +65,7 @@ class Densities(Mapping[str, float]):
             shape = "x".join(map(str, self.shapes[name]))
             rows.append((name, shape, f"{share:.4f}", f"{self.counts[name]:,}", f"{self.sizes[name]:,}"))
         rows.append(("total", self.distribution, f"{kept / size:.4f}", f"{kept:,}", f"{size:,}"))
-        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                text.ljust(w) if k < 2 else text.rjust(w) for k, (text, w) in enumerate(zip(row, wide, strict=True))
-            )
-            for row in rows
-        )
+        return aligned(rows, left=(0, 1))
 
 
 def densities(
@@ -92,7 +87,8 @@ def densities(
     ``meta`` device.
 
     - "uniform": the same in each layer.
-    - "uniform+": the first convolution stays dense and the last layer keeps at least 0.2.
+    - "uniform+": the first convolution, or where there is none the first layer, stays dense, and the last layer keeps
+      at least 0.2.
     - "er": proportional to ``(out + in) / (out * in)``, at most 1, whatever the kernel.
     - "erk": proportional to the sum of the weight's sizes over their product, at most 1: of a convolution
       ``(out + in + kh + kw) / (out * in * kh * kw)``. Small layers, depthwise ones and shortcuts become nearly dense,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compress.dense_gradients import DenseGradients
+from compress.density import Densities, check_density
 from compress.errors import CompressionError
 from compress.schedule import Schedule
 from compress.weights import Weight, weights
@@ -312,7 +313,8 @@ def _masked(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
 def _final_counts(layers: Mapping[str, Weight], density: float | Mapping[str, float]) -> dict[str, int]:
     """Return how many weights are kept in the end, by layer, or under "" of all together."""
     if not isinstance(density, Mapping):
-        final = keep_count(_share(density), total := sum(weight.size for weight in layers.values()))
+        check_density(density)
+        final = keep_count(density, total := sum(weight.size for weight in layers.values()))
         if final < len(layers):
             raise CompressionError(
                 f"density={density} keeps {final} of {total:,} weights, which is less than one for each of "
@@ -324,14 +326,8 @@ def _final_counts(layers: Mapping[str, Weight], density: float | Mapping[str, fl
             raise CompressionError(f"density names {name!r}, which is no masked layer; {nearest(name, layers)}")
     if missing := [name for name in layers if name not in density]:
         raise CompressionError(f"density has no entry for {len(missing)} masked layers, such as {missing[0]!r}.")
-    counts = getattr(density, "counts", None)  # of compress.densities: exact in sum
-    return {
-        name: counts[name] if counts else keep_count(_share(density[name]), weight.size)
-        for name, weight in layers.items()
-    }
-
-
-def _share(density: float) -> float:
-    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
-        raise CompressionError(f"a density is above 0 and at most 1, got {density!r}.")
-    return density
+    if isinstance(density, Densities):
+        return {name: density.counts[name] for name in layers}  # exact in sum
+    for name, share in density.items():
+        check_density(share, f"density[{name!r}]")
+    return {name: keep_count(density[name], weight.size) for name, weight in layers.items()}

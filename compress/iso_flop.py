@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,15 +10,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from compress.channel_changes import changed, possible_change
 from compress.errors import CompressionError
 from compress.larger_layers import doped, factorized, parallel, rank_of, reset
 from compress.layer_macs import Example, Macs, assumed_input, macs
+from compress.models import copy_of
 from compress.weights import Weight, prunable, weights
 from search_spaces.arch import nearest
-from search_spaces.channels import Channels, Group, analyse
+from search_spaces.channels import Group, analyse
 from search_spaces.masks import attach
 from search_spaces.memory import free_bytes
-from search_spaces.tracing import GrowthError, Trace, check_same_calls, copied, name_of, trace
+from search_spaces.tracing import GrowthError, Trace, copied, name_of, trace
 
 KINDS = ("wide", "parallel", "factorized", "doped")
 """The members of the family."""
@@ -103,7 +104,7 @@ def sparse_ift(
         raise CompressionError(f"the sparsity is a number from 0 up to, but not, 1, got {sparsity!r}.")
     allowed = prunable(model, exclude)
     if sparsity == 0:
-        return copy.deepcopy(model)
+        return copy_of(model)
     if kind == "parallel" and round(1 / (1 - sparsity)) < 2:
         raise CompressionError(f"a sparsity of {sparsity} makes 1 branch; two need 1/3 or more.")
     example = assumed_input(model) if example is None else example
@@ -121,7 +122,7 @@ def sparse_ift(
         if not masked:
             raise CompressionError(
                 f"{type(model).__name__} has no layer to make larger: all are the first or the last, excluded, "
-                "depthwise, or called in a way that cannot be followed."
+                "frozen, depthwise, or called in a way that cannot be followed."
             )
         _mask(new, masked, before.dense, macs(new, inputs), fan_in_by_density)
     return new
@@ -181,10 +182,9 @@ def _wider(model: nn.Module, factor: float, inputs: tuple[object, ...]) -> nn.Mo
     """Return a network whose channels are so many times as many, wherever that can be; what changes starts anew."""
     found = analyse(model, inputs)
     rows = {group: _rows(group, factor) for group in found.groups}
-    change = found.reindex_groups({group: rows[group] for group in _possible(found, rows)}, exact=False)
-    new = copied(model)
-    change.apply(new)
-    check_same_calls(found.traces, new, inputs, None)
+    rows = {group: own for group, own in rows.items() if len(own) > group.size}
+    change, _ = possible_change(found, rows, inputs)
+    new = changed(found, change)
     for name in dict.fromkeys(tensor.rpartition(".")[0] for tensor in change.maps):
         reset(new.get_submodule(name))
     return new
@@ -201,23 +201,6 @@ def _rows(group: Group, factor: float) -> list[int]:
         for i in range(count)
     ]
     return [*range(group.size), *copies]
-
-
-def _possible(found: Channels, rows: Mapping[Group, Sequence[int]]) -> list[Group]:
-    """Return the groups that can be widened together; few are refused, and found by halves."""
-    accepted: list[Group] = []
-
-    def accept(more: list[Group]) -> None:
-        try:
-            found.reindex_groups({group: rows[group] for group in (*accepted, *more)}, exact=False)
-            accepted.extend(more)
-        except GrowthError:
-            if len(more) > 1:
-                accept(more[: len(more) // 2])
-                accept(more[len(more) // 2 :])
-
-    accept([group for group in rows if len(rows[group]) > group.size])
-    return accepted
 
 
 # Parallel, factorized, doped ---------------------------------------------------------------------------------------

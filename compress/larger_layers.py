@@ -111,7 +111,7 @@ def rank_of(weight: Tensor, share: float) -> float:
         115.2
     """
     outputs, inputs = weight.shape[0], math.prod(weight.shape[1:])
-    return share * outputs * inputs / (outputs + inputs)
+    return round(share * outputs * inputs / (outputs + inputs), 6)  # 1 / (1 - 0.9) is a little more than 10
 
 
 def fresh_copy(module: nn.Module) -> nn.Module:

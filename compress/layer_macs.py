@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from compress.errors import CompressionError
+from compress.models import copy_of, require_values
+from compress.tables import aligned
 from compress.weights import weights
-from search_spaces.tracing import GrowthError, copied, switched, undisturbed
+from search_spaces.tracing import switched, undisturbed
 
 Example = Tensor | tuple[Any, ...]
 
@@ -90,7 +92,7 @@ class Macs(Mapping[str, LayerMacs]):
             rows.append(("without weights", "", "", f"{self.other:,}", f"{self.other:,}"))
         size, kept = (sum(getattr(own, part) for own in self.layers.values()) for part in ("size", "kept"))
         rows.append(("all", f"{size:,}", f"{kept / size:.4f}", f"{self.dense:,}", f"{self.sparse:,}"))
-        return _aligned(rows)
+        return aligned(rows)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class MacsComparison:
         dense = (
             f"were masks not used: {self.after.dense:,} MACs, {self.after.dense / self.before.sparse:.2f} times before"
         )
-        return "\n".join([_aligned(rows), f"input: {self.after.input}", *notes, dense])
+        return "\n".join([aligned(rows), f"input: {self.after.input}", *notes, dense])
 
 
 def macs(model: nn.Module, example: Example | None = None) -> Macs:
@@ -151,7 +153,8 @@ def macs(model: nn.Module, example: Example | None = None) -> Macs:
             several inputs. Default: see `assumed_input`.
 
     Raises:
-        CompressionError: the model does not take the example, or has no layer that is counted.
+        CompressionError: the model does not take the example, has no layer that is counted, or is on the ``meta``
+            device.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
@@ -253,10 +256,8 @@ def _twin(model: nn.Module) -> nn.Module:
     """Return a copy with the same parameters, for a forward that may store what it computes."""
     if any(map(is_lazy, model.parameters())):
         raise CompressionError(f"{type(model).__name__} has no weights yet: let it compute a batch once.")
-    try:
-        return copied(model, share_parameters=True)
-    except GrowthError as error:
-        raise CompressionError(str(error)) from error
+    require_values(model)
+    return copy_of(model, share_parameters=True)
 
 
 def _run(model: nn.Module, inputs: tuple[Any, ...], counter: _Counter) -> None:
@@ -318,13 +319,3 @@ def _row(name: str, old: int, new: int, old_kept: int, parts: list[LayerMacs]) -
     size, kept = (sum(getattr(own, part) for own in parts) for part in ("size", "kept"))
     ratio = f"{new / old:.3f}" if old else ""
     return name, f"{old:,}", f"{new:,}", ratio, f"{old_kept:,}", f"{kept:,}", f"{kept / size:.4f}" if size else ""
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    """Return rows as text: the first column to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
-        for row in rows
-    )
-    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from compress import scores
 from compress.counts import largest
 from compress.density import Densities, check_density, densities
 from compress.errors import CompressionError
+from compress.models import copy_of
 from compress.weights import prunable, weights
 from search_spaces.arch import nearest
 from search_spaces.masks import attach, detach, keep_count, top_k_mask
@@ -58,7 +58,8 @@ def prune(
         batch: (x, y), inputs and targets: "snip", "grasp" and "synflow" need it, the last only for the shape of x.
         loss: of outputs and targets, for "snip" and "grasp"; cross-entropy if None.
         seed: of random choices.
-        inplace: mask the model itself. Its Parameter objects stay, so an optimizer made before works on.
+        inplace: mask the model itself. Its Parameter objects stay, so an optimizer made before works on; momentum that
+            it has of weights that are off fades behind the mask.
         structured: remove whole channels instead: really smaller tensors, and faster. `density` is then a share of
             channels, and distributions and methods are those of `compress.structured.prune_channels`, by default
             "uniform" and "magnitude".
@@ -103,7 +104,7 @@ def prune(
         chosen = _random(model, counts, seed)
     else:
         chosen = _best(model, counts, by_scores, method, batch, loss, seed)
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else copy_of(model)
     own = weights(target)
     for name, mask in chosen.items():
         attach(own[name].module, own[name].attribute, mask)
@@ -135,7 +136,7 @@ def finalize(model: nn.Module, inplace: bool = False) -> nn.Module:
         >>> type(layer).__name__, int((layer.weight != 0).sum())
         ('Linear', 20)
     """
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else copy_of(model)
     own = weights(target)
     for name in masks(target):
         detach(own[name].module, own[name].attribute)

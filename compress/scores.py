@@ -6,7 +6,6 @@ statistics and gradients, and torch's random state stay as they are.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from compress.errors import CompressionError
+from compress.models import copy_of, require_values
 from compress.weights import weights
 
 Scores = dict[str, Tensor]
@@ -34,7 +34,7 @@ def magnitude(model: nn.Module, names: Sequence[str]) -> Scores:
         names: weights of it, as `compress.weights` calls them.
 
     Raises:
-        CompressionError: a weight is not finite.
+        CompressionError: a weight is not finite, all are zero, or the model is on the ``meta`` device.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -42,8 +42,9 @@ def magnitude(model: nn.Module, names: Sequence[str]) -> Scores:
         >>> magnitude(layer, ["weight"])
         {'weight': tensor([[0.5000, 0.5000]])}
     """
+    require_values(model)
     found = weights(model)
-    return _finite({name: found[name].parameter.detach().abs() for name in names}, "magnitude")
+    return _usable({name: found[name].parameter.detach().abs() for name in names}, "magnitude")
 
 
 def snip(
@@ -65,10 +66,11 @@ def snip(
         batch: (x, y), inputs and targets.
         loss: of outputs and targets; cross-entropy if None.
         seed: of dropout and fresh weights.
-        fresh: whether to score Xavier-normal weights in place of the model's.
+        fresh: whether to score Xavier-normal weights in place of the model's own of these names.
 
     Raises:
-        CompressionError: there is no batch, the model is on the ``meta`` device, or a score is not finite.
+        CompressionError: there is no batch, the model is on the ``meta`` device, a score is not finite, or all are
+            zero, as before a last layer of zeros.
 
     Example:
         >>> scores = snip(nn.Linear(4, 2), ["weight"], (torch.rand(8, 4), torch.arange(8) % 2))
@@ -81,11 +83,11 @@ def snip(
     twin, parameters = _twin(model, names)
     with _isolated(parameters[0].device, seed):
         if fresh:
-            for own in weights(twin).values():
-                nn.init.xavier_normal_(own.parameter)
+            for parameter in parameters:
+                nn.init.xavier_normal_(parameter)
         grads = _gradients(twin.train(), parameters, x, y, loss or cross_entropy)
     products = [(parameter * grad).abs().detach() for parameter, grad in zip(parameters, grads, strict=True)]
-    return _finite(dict(zip(names, products, strict=True)), "snip")
+    return _usable(dict(zip(names, products, strict=True)), "snip")
 
 
 def grasp(
@@ -105,8 +107,8 @@ def grasp(
         model, names, batch, loss, seed: see `snip`.
 
     Raises:
-        CompressionError: there is no batch of at least two, the model is on the ``meta`` device, or a score is not
-            finite.
+        CompressionError: there is no batch of at least two, the model is on the ``meta`` device, a score is not finite,
+            or all are zero.
 
     Example:
         >>> scores = grasp(nn.Linear(4, 2), ["weight"], (torch.rand(8, 4), torch.arange(8) % 2))
@@ -143,7 +145,7 @@ def grasp(
             ):
                 product += part
     values = [(parameter * product).detach() for parameter, product in zip(parameters, products, strict=True)]
-    return _finite(dict(zip(names, values, strict=True)), "grasp")
+    return _usable(dict(zip(names, values, strict=True)), "grasp")
 
 
 def synflow(
@@ -200,11 +202,7 @@ def synflow(
         with torch.enable_grad():
             grads = torch.autograd.grad(twin(ones).sum(), parameters, materialize_grads=True)
         flows = [(parameter * grad).abs().detach() for parameter, grad in zip(parameters, grads, strict=True)]
-        found = _finite(dict(zip(names, flows, strict=True)), "synflow")
-        if not any(bool(own.any()) for own in found.values()):
-            raise CompressionError(
-                "SynFlow finds no path through the network: all scores are zero; take another method."
-            )
+        found = _usable(dict(zip(names, flows, strict=True)), "synflow")
         masks = choose({name: own.masked_fill(~masks[name], -1.0) for name, own in found.items()}, step / rounds)
         with torch.no_grad():
             for name, parameter in zip(names, parameters, strict=True):
@@ -214,11 +212,8 @@ def synflow(
 
 def _twin(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, list[Tensor]]:
     """Return a copy of the model to score, and its weights."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise CompressionError(
-            "the model is on the meta device, where weights have no values to score; build it for real."
-        )
-    twin = copy.deepcopy(model)
+    require_values(model)
+    twin = copy_of(model)
     found = weights(twin)
     return twin, [found[name].parameter.requires_grad_() for name in names]
 
@@ -245,16 +240,23 @@ def _isolated(device: torch.device, seed: int) -> Iterator[None]:
 def _checked(batch: tuple[Any, Any] | None, method: str) -> tuple[Any, Any]:
     if batch is None:
         raise CompressionError(f"{method!r} needs data to score the weights: give batch=(x, y), inputs and targets.")
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor) and len(batch[0])):
-        raise CompressionError(f"batch is (x, y), a tensor of inputs and their targets, got {type(batch).__name__}.")
-    return batch[0], batch[1]
+    x, y = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (None, None)
+    if not (isinstance(x, Tensor) and x.ndim and len(x) and (isinstance(y, Tensor) or method == "synflow")):
+        got = f"({type(x).__name__}, {type(y).__name__})" if x is not None else type(batch).__name__
+        raise CompressionError(f"batch is (x, y), tensors of inputs and of their targets, got {got}.")
+    return x, y
 
 
-def _finite(scores: Scores, method: str) -> Scores:
+def _usable(scores: Scores, method: str) -> Scores:
     for name, own in scores.items():
         if not bool(own.isfinite().all()):
             raise CompressionError(
                 f"{method!r} gives weights of {name!r} scores that are not finite: a weight or an input is NaN or too "
                 f"large for the network."
             )
+    if not any(bool(own.any()) for own in scores.values()):
+        raise CompressionError(
+            f"{method!r} gives all weights the score 0, as where one layer, often the last, is all zeros: initialise "
+            "it, or take another method."
+        )
     return scores

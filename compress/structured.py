@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.channel_changes import changed, possible_change
 from compress.channel_scores import Loss, channel_scores
 from compress.errors import CompressionError
+from compress.models import require_values
+from compress.tables import aligned
 from compress.weights import weights
 from search_spaces.arch import nearest
 from search_spaces.channels import Channels, Group, analyse
 from search_spaces.reindexing import Reindexing
-from search_spaces.tracing import GrowthError, check_same_calls, copied
+from search_spaces.tracing import GrowthError
 
 METHODS = ("magnitude", "random", "taylor")
 DISTRIBUTIONS = ("uniform", "global")
@@ -24,7 +27,6 @@ LEAST = 0.1
 """The least share of its channels that "global" leaves to a group."""
 
 Example = Tensor | tuple[Any, ...]
-Rows = dict[Group, list[int]]
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,14 @@ class ChannelPlan:
 
     def apply(self) -> nn.Module:
         """Return a copy of the model that has only these channels."""
-        return _smaller(self._found, self.change)
+        return changed(self._found, self.change)
 
     def __str__(self) -> str:
         table = [("channels of", "channels", "kept", "")]
         for group in self.groups:
             more = f" and {len(group.layers) - 1} more" if len(group.layers) > 1 else ""
             table.append((group.layers[0] + more, f"{group.channels:,}", f"{len(group.kept):,}", group.note))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}  {d}".rstrip() for a, b, c, d in table
-        )
+        return aligned(table, left=(0, 3))
 
 
 def prune_channels(
@@ -180,14 +179,14 @@ def channel_plan(
         if group not in notes and len(fewest) == group.size:
             notes[group] = f"no smaller number of channels is possible: {_limit(group, multiple_of)}."
     if distribution == "global":  # what cannot be cut has no part in the budget
-        notes |= _possible(found, {group: own for group, own in least.items() if group not in notes}, inputs)[1]
+        notes |= possible_change(found, {group: own for group, own in least.items() if group not in notes}, inputs)[1]
     while True:
         shares = {group: share for group, share in asked.items() if group not in notes}
         if distribution == "global":
             shares = _global_shares(shares, scores)
         rows = {group: _kept(group, share, scores[group], multiple_of) for group, share in shares.items()}
         rows = {group: kept for group, kept in rows.items() if len(kept) < group.size}
-        change, refused = _possible(found, rows, inputs)
+        change, refused = possible_change(found, rows, inputs)
         if not refused:
             break
         notes |= refused
@@ -234,6 +233,7 @@ def _check(
         raise CompressionError("method='taylor' looks at gradients; give batch=(inputs, targets).")
     if type(multiple_of) is not int or multiple_of < 1:
         raise CompressionError(f"multiple_of is a whole number of at least 1, got {multiple_of!r}.")
+    require_values(model)
     masked = [weight.name for weight in weights(model).values() if weight.mask is not None]
     if masked:
         raise CompressionError(
@@ -338,40 +338,3 @@ def _global_shares(asked: Mapping[Group, float], scores: Mapping[Group, Tensor])
             break
         chosen[group] += 1
     return {group: steps / _unit(group) for group, steps in chosen.items()}
-
-
-def _possible(found: Channels, rows: Rows, inputs: tuple[Any, ...]) -> tuple[Reindexing, dict[Group, str]]:
-    """Return the change of all groups that can be cut together, and of the others the reasons."""
-
-    def attempt(groups: Sequence[Group], run: bool) -> Reindexing:
-        change = found.reindex_groups({group: rows[group] for group in groups}, exact=False)
-        if run:
-            check_same_calls(found.traces, _smaller(found, change), inputs, None)
-        return change
-
-    def accept(more: Sequence[Group], run: bool) -> None:
-        try:
-            attempt([*accepted, *more], run)
-            accepted.extend(more)
-        except GrowthError as error:
-            if len(more) == 1:
-                refused[more[0]] = str(error)
-            else:  # few are refused: they are found by halves
-                accept(more[: len(more) // 2], run)
-                accept(more[len(more) // 2 :], run)
-
-    refused: dict[Group, str] = {}
-    accepted: list[Group] = []
-    accept(list(rows), run=False)
-    try:
-        return attempt(accepted, run=True), refused
-    except GrowthError:  # rare, and slow to find: code that computes with the size of a layer
-        groups, accepted = accepted, []
-        accept(groups, run=True)
-        return attempt(accepted, run=False), refused
-
-
-def _smaller(found: Channels, change: Reindexing) -> nn.Module:
-    new = copied(found.model)
-    change.apply(new)
-    return new

@@ -103,10 +103,10 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Weight]
                 holders.setdefault(id(parameter), []).append(f"{prefix}.{name}".removeprefix("."))
     for weight in left.values():
         if parametrize.is_parametrized(weight.module, weight.attribute):
-            state = "masked" if weight.mask is not None else "parametrized"
-            raise CompressionError(
-                f"{weight.name!r} is {state} already; compress.finalize(model) makes masked weights ordinary ones."
-            )
+            state, advice = "parametrized", "remove that first (torch.nn.utils.parametrize), or exclude it."
+            if weight.mask is not None:
+                state, advice = "masked", "compress.finalize(model) makes masked weights ordinary ones."
+            raise CompressionError(f"{weight.name!r} is {state} already; {advice}")
         if not (names := holders.get(id(weight.parameter))):
             raise CompressionError(
                 f"the weight of {weight.name!r} is no parameter but computed from others, as weight_norm and prune of "

@@ -126,12 +126,12 @@ class Data(ABC):
         """Yield ``"train"`` or ``"val"`` once, in a fixed order and without augmentation.
 
         Raises:
-            DataError: there is no such split, or it is ``"test"``: only `nasbench.evaluate` reads what is for testing.
+            DataError: there is no such split, or it is ``"test"``, which only `nasbench.evaluate` and `robustness` read.
         """
 
     @abstractmethod
     def _test_batches(self, batch_size: int = 512) -> Iterator[Batch]:
-        """Yield the test split once. For `nasbench.evaluate` and `Table.build` alone."""
+        """Yield the test split once. For `evaluate`, `robustness` and `Table.build` alone."""
 
     @property
     @abstractmethod

@@ -177,7 +177,7 @@ class ImageData(Data):
         """Yield the images of ``"train"`` or ``"val"`` once, in a fixed order, scaled and otherwise as they are.
 
         Raises:
-            DataError: there is no such split, or it is ``"test"``: only `nasbench.evaluate` reads test images.
+            DataError: there is no such split, or it is ``"test"``, which only `nasbench.evaluate` and `robustness` read.
 
         Example:
             >>> from nasbench.data import load
@@ -188,7 +188,7 @@ class ImageData(Data):
         return self._plain(self._stores(batches, False), self._labels)
 
     def _test_batches(self, batch_size: int = 512) -> Iterator[Batch]:
-        """Yield the test images once. For `nasbench.evaluate` and `Table.build` alone."""
+        """Yield the test images once. For `evaluate`, `robustness` and `Table.build` alone."""
         if self._test_labels is None:
             raise DataError(
                 f"{self.name} has no test images. Load it with x_test and y_test, or a folder 'test', or use validate."

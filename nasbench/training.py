@@ -464,7 +464,7 @@ def validate(model: nn.Module, data: Data, batch_size: int = 512, split: str = "
 def evaluate(model: nn.Module, data: Data, batch_size: int = 512) -> dict[str, float]:
     """Return ``{"test_accuracy": 0 to 1, "test_loss": mean cross-entropy}``: once, of the model you have settled on.
 
-    Nothing else reads test images, or the test part of a text.
+    Nothing else reads test images, or the test part of a text, but `nasbench.robustness` if asked for split="test".
 
     Example:
         >>> from nasbench.data import load

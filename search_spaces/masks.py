@@ -108,7 +108,8 @@ class Mask(nn.Module):
         return weight * self.mask
 
     def extra_repr(self) -> str:
-        return f"{int(self.mask.sum()):,} of {self.mask.numel():,} kept"
+        kept = "?" if self.mask.is_meta else f"{int(self.mask.sum()):,}"
+        return f"{kept} of {self.mask.numel():,} kept"
 
 
 def attach(module: nn.Module, name: str, mask: Tensor) -> None:
@@ -156,6 +157,10 @@ def detach(module: nn.Module, name: str) -> None:
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     with torch.no_grad():
         getattr(module, name).copy_(masked)
+    if all(mask_of(module, other) is None for other in getattr(module, "parametrizations", ())):
+        hooks = module._load_state_dict_pre_hooks  # a handle of it would not survive a deep copy
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _load_unmasked]:
+            del hooks[key]
 
 
 def mask_of(module: nn.Module, name: str) -> Tensor | None:
@@ -180,7 +185,7 @@ def _own_class(module: nn.Module) -> None:
 def _load_unmasked(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let the entries of a module without masks stand for those of one with masks."""
     for name, steps in getattr(module, "parametrizations", {}).items():
-        if f"{prefix}{name}" not in state or not isinstance(steps[0], Mask):
+        if f"{prefix}{name}" not in state or not isinstance(steps[0], Mask) or steps[0].mask.is_meta:
             continue
         plain = state.pop(f"{prefix}{name}")
         inner = f"{prefix}parametrizations.{name}"

@@ -206,6 +206,8 @@ def test_snip_counts_are_those_of_fresh_weights_and_depend_on_the_seed() -> None
     with torch.no_grad():
         model.classifier.weight.mul_(100)
     assert densities(model, 0.2, "snip", batch=batch()).counts == found[0]
+    nn.utils.parametrizations.weight_norm(model.classifier)
+    assert "classifier" not in densities(model, 0.2, "snip", batch=batch(), exclude=["classifier"])
 
 
 @pytest.mark.parametrize("rule", ["snip", "grasp"])
@@ -284,5 +286,5 @@ def test_a_density_that_fixed_layers_exceed_is_refused() -> None:
 def test_scores_need_a_batch_and_weights(rule: str) -> None:
     with pytest.raises(CompressionError, match=f"'{rule}' needs data to score the weights: give batch="):
         densities(mlp(), 0.5, rule)
-    with pytest.raises(CompressionError, match="meta device, where weights have no values to score"):
+    with pytest.raises(CompressionError, match="is on the meta device, where weights have no values"):
         densities(resnet20(), 0.5, rule, batch=batch())

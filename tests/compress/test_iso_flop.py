@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from compress.dynamic import DynamicSparsity
 from compress.errors import CompressionError
 from compress.iso_flop import KINDS, sparse_ift
-from compress.larger_layers import Doped, Parallel
+from compress.larger_layers import Doped, Parallel, rank_of
 from compress.layer_macs import compare_macs, macs
 from compress.pruning import finalize, masks
 from compress.weights import weights
@@ -181,6 +181,7 @@ def test_factorized_has_the_stride_first_and_the_published_rank(norm: bool) -> N
     assert parts["second"].weight.shape == (16, rank, 1, 1)
     assert (parts["second"].stride, parts["second"].bias.shape) == ((1, 1), (16,))
     assert isinstance(new[3], nn.BatchNorm2d) == norm
+    assert rank_of(torch.zeros(64, 64, 3, 3), 1 / (1 - 0.9)) == 576, "and no more, for what 1 - 0.9 is to a machine"
     assert new[6 + norm].first.weight.shape == (math.ceil(64 * 32 / (96 * 0.25)), 64)
 
 
@@ -354,7 +355,25 @@ def test_what_stays_dense_may_leave_nothing() -> None:
         sparse_ift(net, "wide", 0.9, example=ONE)
 
 
+def test_a_layer_whose_size_the_code_asks_for_stays() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.two(self.one(self.stem(x))) / self.two.out_channels)
+            return out
+
+    new: Any = sparse_ift(Asks(), "wide", 0.75, example=ONE)
+    assert [own.out_channels for own in (new.stem, new.one, new.two, new.head)] == [16, 16, 8, 2]
+    assert compare_macs(Asks(), new, ONE).ratio == pytest.approx(1, abs=1e-2)
+
+
 def test_frozen_layers_stay() -> None:
+    with pytest.raises(CompressionError, match="no layer to make larger: all are .* frozen"):
+        sparse_ift(plain().requires_grad_(False), "wide", 0.5)
     for kind in KINDS:
         model = plain()
         model[7].requires_grad_(False)

@@ -174,6 +174,8 @@ def test_what_cannot_be_counted_is_refused() -> None:
         macs(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(64, 2)))
     with pytest.raises(CompressionError, match="does not take an image or a vector first. Give example=x"):
         macs(nn.TransformerEncoderLayer(8, 2))
+    with pytest.raises(CompressionError, match="Linear is on the meta device, where weights have no values"):
+        macs(nn.Linear(4, 2, device="meta"), torch.zeros(1, 4, device="meta"))
     lazy = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(CompressionError, match="has no weights yet"):
         macs(lazy, torch.zeros(1, 4))

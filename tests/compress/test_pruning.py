@@ -400,6 +400,15 @@ def test_a_finalized_model_can_be_pruned_again() -> None:
         assert not (mask & ~masks(once)[name]).any()
 
 
+def test_a_model_that_cannot_be_copied_is_refused_but_can_be_pruned_in_place() -> None:
+    net = Net()
+    net.stored = net(batch()[0])  # type: ignore[assignment]
+    for compress in (finalize, lambda model: prune(model, 0.5)):
+        with pytest.raises(CompressionError, match="Net cannot be copied: .* Remove what it stores"):
+            compress(net)
+    assert not masks(net) and masks(prune(net, 0.5, inplace=True))
+
+
 def test_a_model_without_masks_is_only_copied_by_finalize() -> None:
     net = Net()
     plain = finalize(net)

@@ -204,8 +204,13 @@ def test_what_cannot_be_scored_is_refused() -> None:
         with pytest.raises(CompressionError, match=f"'{name}' needs data to score the weights: give batch=\\(x, y\\)"):
             scorer(net, NAMES, None)
         for wrong in (batch()[0], (batch()[0],), "xy"):
-            with pytest.raises(CompressionError, match=r"batch is \(x, y\), a tensor of inputs and their targets, got"):
+            with pytest.raises(
+                CompressionError, match=r"batch is \(x, y\), tensors of inputs and of their targets, got"
+            ):
                 scorer(net, NAMES, wrong)  # type: ignore[arg-type]
+        for x, y in ((batch()[0], [0, 1]), (torch.tensor(1.0), torch.tensor(1)), ({"x": 1}, batch()[1])):
+            with pytest.raises(CompressionError, match=rf"targets, got \({type(x).__name__}, {type(y).__name__}\)"):
+                scorer(net, NAMES, (x, y))
         with pytest.raises(CompressionError, match=f"'{name}' gives weights of '0' scores that are not finite"):
             scorer(net, NAMES, (batch()[0] * torch.nan, batch()[1]))
     with pytest.raises(CompressionError, match="'synflow' needs data"):
@@ -216,8 +221,11 @@ def test_what_cannot_be_scored_is_refused() -> None:
         synflow(net, NAMES, (torch.zeros(2, 5, dtype=torch.int64), None), once)
     with torch.no_grad():
         net[2].weight.zero_()
-    with pytest.raises(CompressionError, match="no path through the network: all scores are zero"):
+    with pytest.raises(CompressionError, match="'synflow' gives all weights the score 0, as where one layer"):
         synflow(net, NAMES, batch(), once)
+    with pytest.raises(CompressionError, match="'snip' gives all weights the score 0"):
+        snip(net, NAMES, batch())  # which all have a factor of zero
+    assert grasp(net, NAMES, batch())["0"].any()
     with torch.no_grad():
         net[2].weight.fill_(torch.nan)
     with pytest.raises(CompressionError, match="'magnitude' gives weights of '2' scores that are not finite"):

@@ -276,6 +276,10 @@ def test_taylor_keeps_what_the_loss_needs() -> None:
     assert channel_plan(net, 0.5, example=X).groups[0].kept == (0, 1, 2)
     assert all(p.grad is None for p in net.parameters())
     assert torch.equal(torch.random.get_rng_state(), before)
+    double = (X.double(), batch[1])
+    plan = channel_plan(net.double(), 0.5, example=double[0], method="taylor", batch=double)
+    assert plan.groups[0].kept == (3, 4, 5)
+    net.float()
     seen = []
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -389,6 +393,8 @@ def test_models_that_cannot_be_pruned_are_refused() -> None:
         prune_channels(nn.Linear(4, 2), 0.5, example=torch.zeros(1, 4))
     with pytest.raises(CompressionError, match="no channels of ReLU can be pruned. It has no layers"):
         prune_channels(nn.ReLU(), 0.5, example=torch.zeros(1, 4))
+    with pytest.raises(CompressionError, match="Conv2d is on the meta device, where weights have no values"):
+        prune_channels(nn.Conv2d(3, 8, 1, device="meta"), 0.5, example=X)
     narrow = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 1))
     with pytest.raises(CompressionError, match="0: no smaller number of channels is possible: it has one."):
         prune_channels(narrow, 0.5, example=X)

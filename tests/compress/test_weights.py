@@ -109,7 +109,7 @@ def test_weights_that_are_masked_or_computed_are_refused() -> None:
     with pytest.raises(CompressionError, match=r"'1' is masked already; compress.finalize\(model\) makes"):
         prunable(masked)
     assert list(prunable(masked, ["1"])) == ["0"]
-    with pytest.raises(CompressionError, match="'weight' is parametrized already"):
+    with pytest.raises(CompressionError, match="'weight' is parametrized already; remove that first"):
         prunable(parametrizations.weight_norm(nn.Linear(2, 2)))
     with pytest.raises(CompressionError, match="the weight of 'weight' is no parameter but computed from others"):
         prunable(prune.l1_unstructured(nn.Linear(2, 2), "weight", 1))

@@ -121,6 +121,7 @@ def test_detach_gives_an_ordinary_parameter_back() -> None:
     assert type(layer) is nn.Linear and layer.weight is before
     assert torch.equal(layer.weight, 7.0 * mask) and not torch.equal(layer.weight, original)
     assert set(layer.state_dict()) == {"weight", "bias"} and mask_of(layer, "weight") is None
+    assert not layer._load_state_dict_pre_hooks, "nor would a saved module ask for ours"
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
@@ -195,8 +196,12 @@ def test_two_weights_of_one_module_can_be_masked() -> None:
     attention.load_state_dict(state)
     assert torch.equal(attention.k_proj_weight, state["k_proj_weight"] * half(4, 6))
     detach(attention, "q_proj_weight")
+    attention.load_state_dict(state)  # the other mask still drops what it hides
     assert mask_of(attention, "q_proj_weight") is None and mask_of(attention, "k_proj_weight") is not None
-    assert torch.equal(attention.q_proj_weight, state["q_proj_weight"] * half(4, 4))
+    assert torch.equal(attention.q_proj_weight, state["q_proj_weight"])
+    twin = copy.deepcopy(attention)
+    detach(twin, "k_proj_weight")
+    assert not twin._load_state_dict_pre_hooks and attention._load_state_dict_pre_hooks
 
 
 def test_masks_live_beside_other_parametrizations() -> None:
@@ -213,3 +218,16 @@ def test_a_mask_alone_is_a_parametrization() -> None:
     mask = Mask(half(4))
     assert mask(torch.ones(4)).tolist() == mask.right_inverse(torch.ones(4)).tolist() == [1, 0, 1, 0]
     assert list(mask.state_dict()) == ["mask"]
+
+
+def test_a_model_on_the_meta_device_can_be_masked_and_loaded() -> None:
+    layer = nn.Linear(4, 3)
+    attach(layer, "weight", half(3, 4))
+    with torch.device("meta"):
+        empty = nn.Linear(4, 3)
+        attach(empty, "weight", half(3, 4))
+    assert "? of 12 kept" in repr(empty)
+    with pytest.raises(RuntimeError, match="Missing key.*parametrizations.weight.0.mask"):  # nobody knows the mask
+        empty.load_state_dict(nn.Linear(4, 3).state_dict(), assign=True)
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(empty.weight, layer.weight)

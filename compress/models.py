@@ -1,0 +1,32 @@
+"""What compressors need of a model: that it can be copied, and that its weights have values."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from compress.errors import CompressionError
+from search_spaces.tracing import GrowthError, copied
+
+
+def copy_of(model: nn.Module, share_parameters: bool = False) -> nn.Module:
+    """Return a deep copy of a model, on request with the very parameters of the model.
+
+    Raises:
+        CompressionError: it cannot be copied.
+    """
+    try:
+        return copied(model, share_parameters)
+    except GrowthError as error:
+        raise CompressionError(str(error)) from error
+
+
+def require_values(model: nn.Module) -> None:
+    """Refuse a model on the ``meta`` device.
+
+    Raises:
+        CompressionError: it is there.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CompressionError(
+            f"{type(model).__name__} is on the meta device, where weights have no values; build it for real."
+        )

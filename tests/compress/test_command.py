@@ -1,0 +1,157 @@
+"""`nasbench compress`: what it prints, the file it leaves, and what it says to a bad line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import compress
+import nasbench as nb
+from nasbench.cli import main
+from nasbench.profile import measure
+from search_spaces import NASBench201
+
+STUDY = "tiny"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one small search on 200 digits."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = nb.data.load("digits", train_images=200)
+    space = NASBench201(channels=4, cells=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nb.SearchResult, "report", lambda self, path=None: None)
+        patch.setattr(nb.SearchResult, "plot", lambda self, path=None: None)
+        nb.search(space, data, "random", trials=2, epochs=2, study=STUDY, folder=folder, device="cpu", progress=False)
+    return folder
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str | Path, status: int = 0) -> str:
+    """Run `nasbench compress`, which is to end with this status; return what it printed, or its error of one line."""
+    capsys.readouterr()
+    assert main(["compress", *map(str, words)]) == status
+    out, err = capsys.readouterr()
+    if status:
+        assert err.startswith("nasbench: ") and err.count("\n") == 1
+    return out if status == 0 else err
+
+
+def best(runs: Path) -> nb.Trial:
+    return nb.SearchResult.load(runs / STUDY / "result.json").best
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_best_network_of_a_study_is_pruned(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ("prune", STUDY, "--folder", runs, "--density", "0.3", "--distribution", "erk")
+    out = said(capsys, *line, "--method", "random", "--seed", "5", "--out", "own.safetensors")
+    data, model = nb.data.load("digits", train_images=200), best(runs).build()
+    expected = compress.prune(model, 0.3, distribution="erk", method="random", seed=5).eval()
+    found = compress.load("own.safetensors")
+    assert same(found.state_dict(), expected.state_dict())
+    accuracies = [nb.validate(network, data)["val_accuracy"] for network in (model, expected)]
+    assert f"validation accuracy: {accuracies[0]:.4f} before, {accuracies[1]:.4f} pruned\n" in out
+    assert f"{Path('own.safetensors').stat().st_size:,}" in out
+    assert out.splitlines()[-1] == "written to own.safetensors"
+
+
+def test_a_folder_and_a_file_name_the_network_too(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "prune", runs / STUDY, "--density", "0.5", "--exclude", "stem")
+    half = compress.load("pruned.safetensors")
+    assert same(
+        half.state_dict(), compress.prune(best(runs).build(), 0.5, method="magnitude", exclude=["stem"]).state_dict()
+    )
+    compress.save(best(runs).build(), "dense.safetensors")
+    line = ("prune", "dense.safetensors", "--shape", "1,8,8", "--density", "0.5", "--exclude", "stem")
+    out = said(capsys, *line, "--out", "again.safetensors")
+    assert same(compress.load("again.safetensors").state_dict(), half.state_dict())
+    assert "validation accuracy" not in out  # the file names no data
+
+
+def test_masks_hold_while_it_trains_on(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["prune", STUDY, "--folder", runs, "--density", "0.2", "--data", "digits", "--data-set", "train_images=300"]
+    line += ["--epochs", "2", "--set", "batch_size=32", "lr=0.02", "--device", "cpu"]
+    out = said(capsys, *line)
+    found, model = compress.load("pruned.safetensors"), best(runs).build()
+    pruned = compress.prune(model, 0.2, method="magnitude")
+    assert same(compress.masks(found), compress.masks(pruned))
+    data = nb.data.load("digits", train_images=300)
+    nb.fit(pruned, data, epochs=2, batch_size=32, lr=0.02, device="cpu", progress=False)
+    assert same(found.state_dict(), pruned.state_dict())
+    assert f", {nb.validate(pruned, data)['val_accuracy']:.4f} after 2 more epochs\n" in out
+
+
+@pytest.mark.parametrize(("method", "distribution"), [("snip", "grasp"), ("synflow", None)])
+def test_scores_come_from_training_images(
+    runs: Path, capsys: pytest.CaptureFixture[str], method: str, distribution: str | None
+) -> None:
+    rule = [] if distribution is None else ["--distribution", distribution]
+    said(capsys, "prune", STUDY, "--folder", runs, "--density", "0.2", "--method", method, *rule, "--seed", "3")
+    x, y = next(nb.data.load("digits", train_images=200).train_batches(128, seed=3, epoch=0, augment=False))
+    model = best(runs).build()
+    expected = compress.prune(model, 0.2, method=method, distribution=distribution, batch=(x, y), seed=3)
+    assert same(compress.masks(compress.load("pruned.safetensors")), compress.masks(expected))
+
+
+def test_channels_of_a_study_and_what_the_file_holds(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "prune", STUDY, "--folder", runs, "--density", "0.5", "--structured", "--method", "taylor")
+    small, large = compress.load("pruned.safetensors"), best(runs).build()
+    macs = [measure(network, (1, 8, 8)).macs for network in (small, large)]
+    assert macs[0] < macs[1]
+    held = said(capsys, "report", "pruned.safetensors", "--shape", "1,8,8")
+    assert f"{macs[0]:,}" in held and f"{Path('pruned.safetensors').stat().st_size:,}" in held
+    again = said(capsys, "report", "pruned.safetensors", "--data", "digits")
+    assert re.findall(r"(\w+) +([\d,]+)\n", again) == re.findall(r"(\w+) +([\d,]+)\n", held)
+
+
+def test_a_network_of_torchvision(capsys: pytest.CaptureFixture[str]) -> None:
+    from torchvision.models import squeezenet1_1
+
+    line = ("prune", "torchvision:squeezenet1_1", "--density", "0.1", "--distribution", "uniform")
+    out = said(capsys, *line, "--seed", "2", "--shape", "3,64,64")
+    torch.manual_seed(2)
+    expected = compress.prune(squeezenet1_1(), 0.1, distribution="uniform", method="magnitude")
+    found = compress.load("pruned.safetensors", squeezenet1_1())
+    assert same(found.state_dict(), expected.state_dict())
+    assert f"{Path('pruned.safetensors').stat().st_size:,}" in out
+    assert "no faster on this device\nwritten to pruned.safetensors\n" in out
+    error = said(capsys, "prune", "torchvision:squeezenot", "--density", "0.1", "--shape", "3,9,9", status=2)
+    assert "Unknown model squeezenot" in error
+
+
+def test_bad_lines_say_what_is_wrong_and_write_nothing(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error(*words: str | Path) -> str:
+        return said(capsys, "prune", *words, status=2)
+
+    study = (STUDY, "--folder", runs, "--density")
+    vision = ("torchvision:squeezenet1_1", "--shape", "3,64,64", "--density", "0.1")
+    assert f"StudyError: 'tyni' is no file, no study (found in {runs}/: tiny)" in error(
+        "tyni", "--density", "0.1", "--folder", runs
+    )
+    assert "study tiny has no trial 7, only 2 trials" in error(*study, "0.1", "--trial", "7")
+    assert "CompressionError" in error(*study, "1.5")
+    assert "CompressionError" in error(*study, "0.1", "--exclude", "stem.9")
+    assert "there is no pruning method 'snap'" in error(*study, "0.1", "--method", "snap")
+    assert "snip needs images to learn from: give --data" in error(*vision, "--method", "snip")
+    assert "grasp needs images to learn from" in error(*vision, "--distribution", "grasp")
+    assert "--epochs needs images to learn from" in error(*vision, "--epochs", "2")
+    assert "Give --data, or --shape such as 3,32,32" in error("torchvision:squeezenet1_1", "--density", "0.1")
+    for shape in ("3,32", "3,x,3", "0,2,2"):
+        assert f"--shape {shape} is no size of images" in error(*vision, "--shape", shape)
+    assert "the network does not take a batch of 1 x 3 x 8 x 8" in error(*study, "0.1", "--shape", "3,8,8")
+    assert "'lr' is no setting. Write KEY=VALUE" in error(*study, "0.1", "--epochs", "1", "--set", "lr")
+    assert "there is no data/none.npz" in error(*study, "0.1", "--data", "data/none.npz")
+    assert list(tmp_path.iterdir()) == []
+    assert "cannot read none.safetensors" in said(capsys, "report", "none.safetensors", "--shape", "1,8,8", status=2)
+    with pytest.raises(SystemExit, match="2"):
+        main(["compress", "prune", "tiny"])
+    assert "--density" in capsys.readouterr().err
