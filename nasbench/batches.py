@@ -24,7 +24,7 @@ class Data(ABC):
 
     Get one from `nasbench.data.load`: images (`ImageData`) or a text (`TextData`). Batches are pairs of what a network
     sees, x, and what it is to predict, y, int64 labels of 0 to classes - 1. What is for testing is given to
-    `nasbench.evaluate` alone.
+    `nasbench.evaluate` and `nasbench.robustness` alone.
 
     Attributes:
         name: where the data come from.
@@ -126,7 +126,7 @@ class Data(ABC):
         """Yield ``"train"`` or ``"val"`` once, in a fixed order and without augmentation.
 
         Raises:
-            DataError: there is no such split, or it is ``"test"``, which only `nasbench.evaluate` and `robustness` read.
+            DataError: there is no such split, or it is ``"test"``, which `evaluate` and `robustness` read.
         """
 
     @abstractmethod

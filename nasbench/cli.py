@@ -1,4 +1,4 @@
-"""The command line: `nasbench search|worker|table|compare|report`.
+"""The command line: `nasbench search|worker|table|compare|report|compress`.
 
 Arguments are parsed before anything heavy is imported, so `nasbench --help` answers at once.
 """
@@ -42,11 +42,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="nasbench",
         description="Find a neural network. `nasbench search` alone searches NAS-Bench-201 cells on scanned digits.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="search|worker|table|compare|report")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="search|worker|table|compare|report|compress"
+    )
 
     search = commands.add_parser("search", help="search a space on data or a table; run it again to go on")
     _space_options(search)
-    _data_options(search)
+    data_options(search)
     search.add_argument(
         "--table",
         help="look results up in this table instead of training: a name or an .npz file; a one-shot strategy trains "
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--strategy",
         default="evolution",
         help="evolution, top_evolution, local_search, reinforce, linas, eas, grid, random, tpe, gp, nsga2, nsga3; with "
-        "one supernet: darts, gdas, drnas, pcdarts, spos",
+        "one supernet: darts, gdas, drnas, pcdarts, spos, dass",
     )
     search.add_argument(
         "--objectives",
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = table.add_subparsers(required=True, metavar="build|show")
     build = actions.add_parser("build", help="train every architecture of a space; resumable")
     _space_options(build)
-    _data_options(build)
+    data_options(build)
     build.add_argument("output", help="the .npz file to write")
     build.add_argument("--epochs", type=int, default=10)
     build.add_argument("--seeds", type=int, default=3)
@@ -128,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", help="default: report.html in the study's folder")
     report.add_argument("--space", help="your own space as module:Class; others are made by name")
     report.set_defaults(run=_report)
+
+    from compress.command import add_parser
+
+    add_parser(commands)
     return parser
 
 
@@ -140,7 +146,7 @@ def _space_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _data_options(parser: argparse.ArgumentParser) -> None:
+def data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         default="digits",
@@ -152,7 +158,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--download", action="store_true", help="fetch a named data set that is not there")
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+def read_settings(pairs: Sequence[str]) -> dict[str, Any]:
     """Read KEY=VALUE words; values are JSON where they can be, else text."""
     from nasbench.errors import SettingError
 
@@ -179,14 +185,14 @@ def _space(options: argparse.Namespace) -> SearchSpace:
     import search_spaces
 
     if options.space is None:
-        return search_spaces.space("nasbench201", **SMALL | _settings(options.space_set))
-    return search_spaces.space(options.space, **_settings(options.space_set))
+        return search_spaces.space("nasbench201", **SMALL | read_settings(options.space_set))
+    return search_spaces.space(options.space, **read_settings(options.space_set))
 
 
-def _data(options: argparse.Namespace) -> Data:
+def load_data(options: argparse.Namespace) -> Data:
     from nasbench.data import load
 
-    return load(options.data, download=options.download, **_settings(options.data_set))
+    return load(options.data, download=options.download, **read_settings(options.data_set))
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -194,16 +200,16 @@ def _search(options: argparse.Namespace) -> None:
     from nasbench.devices import init_distributed
 
     rank, _ = init_distributed()
-    settings = _settings(options.set)
+    settings = read_settings(options.set)
     if options.epochs is not None:
         settings["epochs"] = options.epochs
     table: Any = nb.Table.load(options.table) if options.table is not None else None
     one_shot = options.strategy in nb.strategies.ONE_SHOT
-    source: Any = _data(options) if table is None or one_shot else table
+    source: Any = load_data(options) if table is None or one_shot else table
     if options.table_metric and not (one_shot and table is not None):
         raise nb.SettingError(
             "--table-metric ranks what a one-shot strategy decodes: give --table, and --strategy darts, gdas, drnas, "
-            "pcdarts or spos."
+            "pcdarts, spos or dass."
         )
     if one_shot and table is not None:
         settings["table"] = (table, options.table_metric) if options.table_metric else table
@@ -247,7 +253,9 @@ def _tell(result: SearchResult, source: Any) -> None:
         print(f"best of {len(result.complete)}: trial {best.number}\n  {best.arch}\n  {_figures(best.metrics)}")
         if best.supernet is not None:
             print("  measured with the weights it shared in the supernet; train it alone to know how good it is:")
-            print("  model = nb.fit(result.best.build(weights=False), data, epochs=...); nb.evaluate(model, data)")
+            dass = result.conditions["strategy"]["name"] == "dass"
+            fit, more = ("nb.strategies.dass.train_sparse", "density=...") if dass else ("nb.fit", "epochs=...")
+            print(f"  model = {fit}(result.best.build(weights=False), data, {more}); nb.evaluate(model, data)")
         elif isinstance(source, Data) and source.count("test"):
             tested = nb.evaluate(best.build(), source)
             print(f"  on test {source.units}, read this once: {_figures(tested)}")
@@ -290,14 +298,14 @@ def _table_build(options: argparse.Namespace) -> None:
 
     table = nb.Table.build(
         _space(options),
-        _data(options),
+        load_data(options),
         epochs=options.epochs,
         seeds=options.seeds,
         storage=options.storage,
         folder=options.folder,
         workers=options.workers,
         device=options.device,
-        **_settings(options.set),
+        **read_settings(options.set),
     )
     print(f"{table!r}\nwritten to {table.save(options.output)}")
 

@@ -177,7 +177,7 @@ class ImageData(Data):
         """Yield the images of ``"train"`` or ``"val"`` once, in a fixed order, scaled and otherwise as they are.
 
         Raises:
-            DataError: there is no such split, or it is ``"test"``, which only `nasbench.evaluate` and `robustness` read.
+            DataError: there is no such split, or it is ``"test"``, which `evaluate` and `robustness` read.
 
         Example:
             >>> from nasbench.data import load

@@ -91,8 +91,10 @@ class SupernetObjective(Objective):
         check_kind(space, data)
         sites = strategy.sites(space)
         _check_supernet(space, strategy)
+        strategy.phases(recipe)
         with torch.device("meta"):
             self._shapes = space.supernet(**strategy.supernet())  # sub-networks are counted without copying weights
+        strategy.check(self._shapes)
         if sites:
             self.data.halves(seed)
         self.data.train_batches(recipe.batch_size, seed=seed, epoch=0, cutout=recipe.cutout)

@@ -80,7 +80,7 @@ def search(
             of black-box strategies: "evolution", "top_evolution", "local_search", "reinforce", "linas", "grid",
             "random", "tpe", "gp", "nsga2", "nsga3"; "eas" grows trained networks, of PlainCNN or DenseNet. Of one-shot
             strategies, which train one supernet and read architectures from it: "darts", "gdas", "drnas", "pcdarts",
-            "spos".
+            "spos"; and "dass", which prunes as it searches: DARTS(ops="sparse").
         objectives: metrics to optimise. A name whose better direction is known, several, or {name: "maximize"}; a
             direction of None is one that the name tells.
             Default with data or a table: "val_accuracy".
@@ -333,6 +333,11 @@ def _objective(
         return space, space.objective(data, recipe=recipe, seed=seed, device=device, **changes)
     if isinstance(data, Data):
         space = space.bind(data)
+        if getattr(space, "ops", "dense") != "dense":
+            raise SettingError(
+                f"{space!r} has sparse operations, which this strategy would train densely. Use "
+                'strategy="dass", which learns what to prune, or ops="dense".'
+            )
         recipe = dataclasses.replace(recipe or Recipe(), **changes)
         return space, TrainObjective(space, data, recipe, seeds=(seed,), device=device)
     if recipe is not None or changes:

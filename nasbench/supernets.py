@@ -31,7 +31,7 @@ from nasbench.files import atomic_write
 from nasbench.ranks import Ranks
 from nasbench.recipe import Recipe
 from nasbench.strategies import bilevel
-from nasbench.strategies.one_shot import SKIPS, Differentiable, OneShot
+from nasbench.strategies.one_shot import SKIPS, Differentiable, OneShot, Phase
 from search_spaces.base import Arch, ArchError, Mixture, SearchSpace
 from search_spaces.memory import free_bytes
 
@@ -84,7 +84,9 @@ class SupernetTraining:
             self.supernet = space.supernet(**strategy.supernet()).to(self.device)
         if recipe.channels_last:
             self.supernet.to(memory_format=torch.channels_last)
-        self.optimizer = training.make_optimizer(self.supernet, recipe, self.device, all_used=False)
+        self._layers = layers_of(self.supernet)  # before a phase changes them
+        self.phases = strategy.phases(recipe)
+        self._enter(self.phases[0])
         self.logits: dict[str, Tensor] = {}
         self.architecture_optimizer: torch.optim.Optimizer | None = None
         if sites:
@@ -132,12 +134,30 @@ class SupernetTraining:
                 if self.done():
                     break
 
+    def _phase(self, epoch: int) -> tuple[Phase, int]:
+        """Return the phase of an epoch, and its first epoch."""
+        start = 0
+        for phase in self.phases[:-1]:
+            if epoch < start + phase.recipe.epochs:
+                return phase, start
+            start += phase.recipe.epochs
+        return self.phases[-1], start
+
+    def _enter(self, phase: Phase) -> None:
+        """Prepare the supernet for a phase; none of the moments of the phase before it is kept."""
+        self._entered = phase
+        phase.enter(self.supernet)
+        self.optimizer = training.make_optimizer(self.supernet, phase.recipe, self.device, all_used=False)
+
     def done(self) -> bool:
         """Return whether all epochs are trained, or an alarm has ended them."""
         return self.chosen is not None or len(self.epochs) >= self.recipe.epochs
 
     def _epoch(self, epoch: int, steps: int, rank: int, world: int, check: Callable[[], None], bar: tqdm[Any]) -> None:
         started = time.monotonic()
+        phase, _ = self._phase(epoch)
+        if phase is not self._entered:
+            self._enter(phase)
         self.supernet.train()
         settings: dict[str, Any] = {
             "augment": self.recipe.augment,
@@ -148,12 +168,12 @@ class SupernetTraining:
         size = self.recipe.batch_size
         batches = self.data.train_batches(size, seed=self.seed, epoch=epoch, **settings)
         others = None
-        if self.held is not None and epoch >= self._first_architecture_epoch:
+        if self.held is not None and phase.architecture and epoch >= self._first_architecture_epoch:
             others = self.held.train_batches(size, seed=self.seed + 1, epoch=epoch, **settings)
         sums = torch.zeros(3, device=self.device)  # loss, hits, loss on the other half
         for step, train in enumerate(batches):
             rng = keyed_generator(self.seed, epoch, step)
-            self._set_rate(epoch * steps + step, steps)
+            self._set_rate(epoch, step, steps)
             if others is not None:
                 sums[2] += self._architecture_step(epoch, train, next(others), rng)
             mixture = self._mix(epoch, rng)()
@@ -162,6 +182,7 @@ class SupernetTraining:
                 weights = [p for p in self.supernet.parameters() if p.grad is not None]
                 nn.utils.clip_grad_norm_(weights, self.recipe.clip)
             self.optimizer.step()
+            phase.after_step(self.supernet)
             sums[0] += loss
             sums[1] += (logits.argmax(1) == train[1]).float().mean()
             if self.device.type == "cpu" and world == 1 and not math.isfinite(float(loss)):  # processes have to agree
@@ -196,9 +217,10 @@ class SupernetTraining:
         assert isinstance(self.strategy, Differentiable)
         return int(self.strategy.arch_start * self.recipe.epochs + 1e-9)  # 0.3 * 50 is a little below 15
 
-    def _set_rate(self, step: int, steps: int) -> None:
+    def _set_rate(self, epoch: int, step: int, steps: int) -> None:
+        phase, start = self._phase(epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate(step, steps)
+            group["lr"] = phase.recipe.learning_rate((epoch - start) * steps + step, steps)
 
     def _architecture_step(self, epoch: int, train: bilevel.Batch, val: bilevel.Batch, rng: torch.Generator) -> Tensor:
         assert self.architecture_optimizer is not None
@@ -257,6 +279,8 @@ class SupernetTraining:
     def _record(self, epoch: int, means: Sequence[float], moved: bool) -> dict[str, Any]:
         """Return what is kept of an epoch: losses, probabilities, and the architecture they decode to."""
         entry: dict[str, Any] = {"epoch": epoch + 1, "train_loss": means[0], "train_accuracy": means[1]}
+        if len(self.phases) > 1:
+            entry["phase"] = self._phase(epoch)[0].name
         entry["arch_loss"] = means[2] if moved else None
         if self.logits:
             probabilities = self.probabilities
@@ -336,7 +360,7 @@ class SupernetTraining:
                 mix, rows = self._mix(0, rng), list(self.logits.values())
                 bilevel.dominant_eigenvalue(self.supernet, mix, rows, (x, y), rng, steps=1)
 
-        self._set_rate(0, 1)
+        self._set_rate(0, 0, 1)
         world = dist.get_world_size() if dist.is_initialized() else 1
         images, buffers = max(1, self.recipe.batch_size // world), 2 if self.recipe.optimizer == "adamw" else 1
         need = max(
@@ -358,7 +382,7 @@ class SupernetTraining:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "supernet": layers_of(self.supernet),
+            "supernet": self._layers,
             "space": self.space.fingerprint,
             "data": self.data.fingerprint,
             "table": self.ranks and [self.ranks.table.fingerprint, self.ranks.metric],
@@ -390,8 +414,13 @@ class SupernetTraining:
     def _restore(self, file: Path) -> None:
         stored = read(file, _FIELDS, _KIND)
         check_identity(file, stored["identity"], self._identity())
+        epochs = json.loads(stored["epochs"])
+        phase = self._phase(len(epochs) - 1)[0]
+        for entered in self.phases[1 : self.phases.index(phase) + 1]:
+            self._enter(entered)
         try:
             self.supernet.load_state_dict(stored["weights"])
+            phase.after_step(self.supernet)
             self.optimizer.load_state_dict(stored["optimizer"])
             for site, row in self.logits.items():
                 row.detach().copy_(stored["architecture"][site])
@@ -401,7 +430,7 @@ class SupernetTraining:
             raise CheckpointError(
                 f"the checkpoint {file} does not fit this supernet: {error}. Delete it to train anew"
             ) from error
-        self.epochs, self.chosen = json.loads(stored["epochs"]), stored["chosen"]
+        self.epochs, self.chosen = epochs, stored["chosen"]
         self.seconds = stored["seconds"]
 
 

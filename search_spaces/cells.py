@@ -19,6 +19,7 @@ from search_spaces.base import ArchError, nearest
 from search_spaces.operations import (
     DARTS_OPERATIONS,
     NASNET_OPERATIONS,
+    SPARSE_OPERATIONS,
     ConvBN,
     DropPath,
     FactorizedReduce,
@@ -27,7 +28,9 @@ from search_spaces.operations import (
 
 COMBINATIONS = ("add", "concat")
 STEMS = ("cifar", "imagenet")
-_OPERATIONS = tuple(name for name in dict.fromkeys(NASNET_OPERATIONS + DARTS_OPERATIONS) if name != "none")
+_OPERATIONS = tuple(
+    name for name in dict.fromkeys(NASNET_OPERATIONS + DARTS_OPERATIONS + SPARSE_OPERATIONS) if name != "none"
+)
 _T = TypeVar("_T")
 
 

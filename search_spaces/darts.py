@@ -7,11 +7,14 @@ the authors' code.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,26 +31,47 @@ from search_spaces.cells import (
     make_cell,
     renumberings,
 )
-from search_spaces.operations import DARTS_OPERATIONS, ConvBN, FactorizedReduce, ReLUConvBN, operation
+from search_spaces.operations import (
+    DARTS_OPERATIONS,
+    SPARSE_OPERATIONS,
+    ConvBN,
+    DilConv,
+    FactorizedReduce,
+    ReLUConvBN,
+    SepConv,
+    operation,
+)
 from search_spaces.relaxed import RelaxedCell, check_settings, prepare
+from search_spaces.sparse_operations import sparsified
 
 CELLS = ("normal", "reduce")
 NODES = (2, 3, 4, 5)
 OPERATIONS = DARTS_OPERATIONS[1:]  # `none` is an option of a supernet's edges, not of a cell
 CONCAT = NODES
-_CHOICES: Choices = {
-    f"{cell}{node}_{name}": options
-    for cell in CELLS
-    for node in NODES
-    for name, options in (
-        ("inputs", tuple(f"{a}-{b}" for a, b in combinations(range(node), 2))),
-        ("op0", OPERATIONS),
-        ("op1", OPERATIONS),
-    )
-}
-_SITES: Choices = {
-    f"{cell}_{source}_{node}": DARTS_OPERATIONS for cell in CELLS for node in NODES for source in range(node)
-}
+OPS = {"dense": DARTS_OPERATIONS, "sparse": DARTS_OPERATIONS, "both": DARTS_OPERATIONS + SPARSE_OPERATIONS}
+_LEFT_DENSE = {"sparse": (AuxiliaryHead,), "both": (AuxiliaryHead, SepConv, DilConv)}
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+@cache
+def _choices(options: tuple[str, ...]) -> Choices:
+    return {
+        f"{cell}{node}_{name}": each
+        for cell in CELLS
+        for node in NODES
+        for name, each in (
+            ("inputs", tuple(f"{a}-{b}" for a, b in combinations(range(node), 2))),
+            ("op0", options[1:]),
+            ("op1", options[1:]),
+        )
+    }
+
+
+@cache
+def _sites(options: tuple[str, ...]) -> Choices:
+    return {f"{cell}_{source}_{node}": options for cell in CELLS for node in NODES for source in range(node)}
+
+
 _EDGE_SITES: Choices = {f"{cell}_inputs{node}": tuple(map(str, range(node))) for cell in CELLS for node in NODES}
 
 
@@ -64,6 +88,11 @@ class DARTS(SearchSpace):
     node 3) and the like, with ``none`` as an option. Weights for the edges of a node are optional sites
     (``normal_inputs3``), as in PC-DARTS.
 
+    Networks with sparse operations have weights that are pruned as the search goes on (strategy ``"dass"``), and their
+    fixed parts have too: the stem, what precedes each cell, factorized reductions and the classifier, but not the
+    auxiliary head. With ``ops="sparse"`` all convolutions are sparse, and the architectures are those of the dense
+    space. With ``ops="both"`` ``sparse_sep_conv_3x3`` and the like are options beside the dense ones.
+
     The defaults are those of the paper's search; its networks for CIFAR-10 have ``channels=36, cells=20``, those for
     ImageNet ``channels=48, cells=14, stem="imagenet"``. Images may have any size; 8x8 ends as 2x2.
 
@@ -76,9 +105,10 @@ class DARTS(SearchSpace):
         classes: number of classes; taken from the data if ``None``.
         in_channels: channels of an image; taken from the data if ``None``.
         image_size: side of an image, which only the auxiliary head has to know: 32, or 224 for ImageNet, if ``None``.
+        ops: ``"dense"``, ``"sparse"`` or ``"both"``: which operations there are.
 
     Raises:
-        ArchError: a setting is no positive integer, or there is no such stem.
+        ArchError: a setting is no positive integer, or there is no such stem or kind of operations.
 
     Example:
         >>> from random import Random
@@ -97,16 +127,30 @@ class DARTS(SearchSpace):
     classes: int | None = None
     in_channels: int | None = None
     image_size: int | None = None
+    ops: str = "dense"
 
     def __post_init__(self) -> None:
         self.require_positive("channels", "cells", "classes", "in_channels")
         check_stem("DARTS", self.stem)
+        if self.ops not in OPS:
+            raise ArchError(f"DARTS was given ops={self.ops!r}; choices are {', '.join(OPS)}.")
         if self.image_size is not None:
             self.require_positive("image_size")
 
     @property
     def choices(self) -> Choices:
-        return _CHOICES
+        return _choices(self.operations)
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The operations that a supernet mixes on each edge, ``none`` first."""
+        return OPS[self.ops]
+
+    def to_json(self) -> str:
+        settings = json.loads(super().to_json())
+        if self.ops == "dense":  # as studies and tables have it that are older than the sparse operations
+            del settings["ops"]
+        return json.dumps(settings)
 
     def build(self, arch: Arch) -> nn.Module:
         """Return the network of these cells, to be trained from scratch: (B, in_channels, H, W) to (B, classes) logits.
@@ -121,7 +165,7 @@ class DARTS(SearchSpace):
         genotype = self.genotype(arch)
         self.require("classes", "in_channels")
         assert self.classes is not None and self.in_channels is not None
-        return darts_network(
+        network = darts_network(
             genotype,
             channels=self.channels,
             cells=self.cells,
@@ -131,6 +175,10 @@ class DARTS(SearchSpace):
             auxiliary=self.auxiliary,
             image_size=self.image_size,
         )
+        return self._with_sparse_parts(network)
+
+    def _with_sparse_parts(self, network: _Network) -> _Network:
+        return network if self.ops == "dense" else sparsified(network, leave=_LEFT_DENSE[self.ops])
 
     def genotype(self, arch: Arch) -> Genotype:
         """Return the two cells of an architecture.
@@ -158,7 +206,7 @@ class DARTS(SearchSpace):
         """
         values: dict[str, str] = {}
         for kind, cell in zip(CELLS, (genotype.normal, genotype.reduce), strict=True):
-            if problem := _problem(cell):
+            if problem := _problem(cell, self.operations[1:]):
                 raise ArchError(
                     f"the {kind} cell is none of DARTS: {problem}. darts_network(genotype, ...) builds it all the same."
                 )
@@ -172,8 +220,13 @@ class DARTS(SearchSpace):
         """Return the architecture of lowest index among those whose cells differ in the order of their nodes only."""
         genotype = self.genotype(arch)
 
+        def key(blocks: Sequence[Block]) -> tuple[tuple[int, int, int, int], ...]:
+            """What orders cells as their indices do: the inputs, then the operations of node after node."""
+            index = self.operations.index
+            return tuple((b.input1, b.input2, index(b.op1), index(b.op2)) for b in blocks)
+
         def smallest(cell: CellGenotype) -> CellGenotype:
-            return CellGenotype(min(renumberings(cell.blocks), key=_key), CONCAT)
+            return CellGenotype(min(renumberings(cell.blocks), key=key), CONCAT)
 
         return self.arch_of(Genotype(smallest(genotype.normal), smallest(genotype.reduce)))
 
@@ -211,11 +264,12 @@ class DARTS(SearchSpace):
             >>> torch.equal(supernet(x, space.one_hot(arch)), supernet.extract(arch)(x))
             True
         """
-        return DARTSSupernet(self, form=form, recompute=recompute, partial_channels=partial_channels)
+        supernet = DARTSSupernet(self, form=form, recompute=recompute, partial_channels=partial_channels)
+        return self._with_sparse_parts(supernet)
 
     @property
     def sites(self) -> Choices:
-        return _SITES
+        return _sites(self.operations)
 
     @property
     def edge_sites(self) -> Choices:
@@ -228,12 +282,12 @@ class DARTS(SearchSpace):
             ArchError: the architecture is not of this space.
         """
         genotype = self.genotype(arch)
-        chosen: dict[str, int | None] = dict.fromkeys(_SITES, DARTS_OPERATIONS.index("none"))
+        chosen: dict[str, int | None] = dict.fromkeys(self.sites, self.operations.index("none"))
         for kind, cell in zip(CELLS, (genotype.normal, genotype.reduce), strict=True):
             for node, block in zip(NODES, cell.blocks, strict=True):
                 for source, op in block.edges:
-                    chosen[f"{kind}_{source}_{node}"] = DARTS_OPERATIONS.index(op)
-        return one_hot(_SITES, chosen)
+                    chosen[f"{kind}_{source}_{node}"] = self.operations.index(op)
+        return one_hot(self.sites, chosen)
 
     def strongest(self, mixture: Mixture) -> Arch:
         """Return the architecture that DARTS derives from a mixture.
@@ -242,8 +296,8 @@ class DARTS(SearchSpace):
         mixture has edge sites. Every node keeps its two strongest edges, of equals those from earlier states, each with
         that operation, of equals the first.
         """
-        weights = torch.stack([mixture[site] for site in _SITES]).tolist()  # one transfer from the device
-        edges = {site: row[1:] for site, row in zip(_SITES, weights, strict=True)}
+        weights = torch.stack([mixture[site] for site in self.sites]).tolist()  # one transfer from the device
+        edges = {site: row[1:] for site, row in zip(self.sites, weights, strict=True)}
         beta = {site: mixture[site].tolist() if site in mixture else [1.0] * len(o) for site, o in _EDGE_SITES.items()}
         values: dict[str, str] = {}
         for kind in CELLS:
@@ -253,7 +307,7 @@ class DARTS(SearchSpace):
                 lower, upper = sorted(sorted(range(node), key=lambda s: (-strength[s], s))[:2])
                 values[f"{kind}{node}_inputs"] = f"{lower}-{upper}"
                 for name, source in (("op0", lower), ("op1", upper)):
-                    values[f"{kind}{node}_{name}"] = OPERATIONS[rows[source].index(max(rows[source]))]
+                    values[f"{kind}{node}_{name}"] = self.operations[1 + rows[source].index(max(rows[source]))]
         return Arch(values)
 
 
@@ -281,7 +335,7 @@ class DARTSSupernet(Supernet):
             kind = CELLS[place.reduction]
             relaxed = RelaxedCell(
                 {f"{kind}_{source}_{node}": (source, node) for node in NODES for source in range(node)},
-                DARTS_OPERATIONS,
+                space.operations,
                 _search_operation,
                 place.channels,
                 inputs=2,
@@ -455,12 +509,7 @@ def make_head(channels: int, classes: int) -> nn.Sequential:
     )
 
 
-def _key(blocks: Sequence[Block]) -> tuple[tuple[int, int, int, int], ...]:
-    """Return what orders cells as their indices do: the inputs, then the operations of node after node."""
-    return tuple((b.input1, b.input2, OPERATIONS.index(b.op1), OPERATIONS.index(b.op2)) for b in blocks)
-
-
-def _problem(cell: CellGenotype) -> str | None:
+def _problem(cell: CellGenotype, operations: Sequence[str]) -> str | None:
     """Return why a cell is none of DARTS."""
     if len(cell.blocks) != len(NODES):
         return f"it has {len(cell.blocks)} nodes, not {len(NODES)}"
@@ -469,8 +518,8 @@ def _problem(cell: CellGenotype) -> str | None:
             return f"node {node} is a {block.combine}, not a sum"
         if block.input1 == block.input2:
             return f"node {node} reads state {block.input1} twice"
-        if foreign := [op for op in (block.op1, block.op2) if op not in OPERATIONS]:
-            return f"node {node} has the operation {foreign[0]!r}, where DARTS has {', '.join(OPERATIONS)}"
+        if foreign := [op for op in (block.op1, block.op2) if op not in operations]:
+            return f"node {node} has the operation {foreign[0]!r}, where DARTS has {', '.join(operations)}"
     if sorted(cell.concat) != list(CONCAT):
         return f"its output is the states {cell.concat}, not {CONCAT}"
     return None

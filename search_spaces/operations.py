@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from search_spaces.base import ArchError, nearest
+from search_spaces.sparse_operations import sparsified
 
 DARTS_OPERATIONS = (
     "none",
@@ -22,6 +23,9 @@ DARTS_OPERATIONS = (
     "dil_conv_5x5",
 )
 """The eight operations of DARTS, in the order of its architecture weights."""
+
+SPARSE_OPERATIONS = tuple(f"sparse_{name}" for name in DARTS_OPERATIONS if "conv" in name)
+"""The convolutions among them whose weights are pruned as they are searched."""
 
 NASNET_OPERATIONS = (
     "identity",
@@ -46,7 +50,8 @@ def operation(name: str, c_in: int, c_out: int, stride: int = 1, *, search: bool
 
     Every convolution is ReLU, convolution, batch norm. Average pools do not count padding. Where channels change, a
     pool is followed by a 1x1 convolution with batch norm, and ``identity``, also where it has a stride, becomes ReLU,
-    1x1 convolution, batch norm; a strided ``skip_connect`` is a `FactorizedReduce`.
+    1x1 convolution, batch norm; a strided ``skip_connect`` is a `FactorizedReduce`. A name that begins with ``sparse_``
+    gives the operation with sparse convolutions (`SparseConv2d`).
 
     Args:
         search: as in a DARTS supernet: batch norms have no scale and shift, and one follows every pool.
@@ -59,6 +64,8 @@ def operation(name: str, c_in: int, c_out: int, stride: int = 1, *, search: bool
         >>> operation("sep_conv_3x3", 8, 16, stride=2)(torch.zeros(2, 8, 5, 5)).shape
         torch.Size([2, 16, 3, 3])
     """
+    if name.startswith("sparse_") and (plain := name.removeprefix("sparse_")) in _MAKERS:
+        return sparsified(operation(plain, c_in, c_out, stride, search=search))
     if name not in _MAKERS:
         raise ArchError(f"there is no operation {name!r} to build; {nearest(name, _MAKERS)}")
     return _MAKERS[name](c_in, c_out, stride, not search)

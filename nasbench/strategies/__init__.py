@@ -15,9 +15,12 @@ from optuna.samplers import BaseSampler
 
 from nasbench.errors import SettingError
 from nasbench.strategies.base import History, PastTrial, Proposal, Strategy, distributions
+from nasbench.strategies.dass import DASS
+from nasbench.strategies.dass import SEARCH as _DASS
 from nasbench.strategies.eas import EAS
 from nasbench.strategies.evolution import Grid, LocalSearch, RegularizedEvolution, TopEvolution
-from nasbench.strategies.one_shot import ONE_SHOT, Differentiable, OneShot, SinglePath
+from nasbench.strategies.one_shot import METHODS as _METHODS
+from nasbench.strategies.one_shot import Differentiable, OneShot, SinglePath
 from nasbench.strategies.one_shot import settings_of as _one_shot_settings
 from nasbench.strategies.predictor import Linas, kendall_taus
 from nasbench.strategies.reinforce import Reinforce
@@ -26,6 +29,7 @@ from nasbench.strategies.samplers import SAMPLERS, UNFIT, OptunaStrategy, sample
 from search_spaces.base import nearest
 
 __all__ = [
+    "DASS",
     "EAS",
     "ONE_SHOT",
     "SAMPLERS",
@@ -65,6 +69,9 @@ STRATEGIES: dict[str, Callable[..., Strategy | OptunaStrategy]] = {
     "linas": Linas,
     **{name: partial(OptunaStrategy, name) for name in SAMPLERS},
 }
+
+ONE_SHOT: dict[str, OneShot] = {**_METHODS, _DASS.name: _DASS}
+"""The one-shot strategies by name, with the numbers of their papers as defaults: those for the space of DARTS."""
 
 
 def settings_of(name: str) -> set[str]:

@@ -22,17 +22,42 @@ from nasbench.recipe import Recipe, is_number
 from nasbench.strategies.base import History, Strategy
 from nasbench.strategies.evolution import TopEvolution
 from nasbench.strategies.relaxation import TRUE_OR_FALSE, Dirichlet, Gumbel, Relaxation, Softmax, check_settings
-from search_spaces.base import Arch, Choices, Mixture, SearchSpace, nearest
+from search_spaces.base import Arch, Choices, Mixture, SearchSpace, Supernet, nearest
 from search_spaces.relaxed import FORMS
+from search_spaces.sparse_operations import sparse_layers
 
 SKIPS = {"skip_connect", "identity"}
 """What options that are skip connections are called."""
+
+
+def _nothing(supernet: Supernet) -> None:
+    """What is to be done of most supernets."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a supernet's training, with an optimizer of its own.
+
+    Attributes:
+        recipe: how the parameters that ask for gradients are trained, for as many epochs.
+        name: what is trained.
+        enter: prepares the supernet, before the optimizer is made.
+        after_step: called after each of the optimizer's steps.
+        architecture: whether the architecture weights learn.
+    """
+
+    recipe: Recipe
+    name: str = "train"
+    enter: Callable[[Supernet], object] = _nothing
+    after_step: Callable[[Supernet], object] = _nothing
+    architecture: bool = True
 
 
 class OneShot(ABC):
     """How a supernet is trained and how architectures are then chosen: a frozen dataclass of settings.
 
     Example:
+        >>> from nasbench.strategies import ONE_SHOT
         >>> strategy = ONE_SHOT["gdas"].replace(tau=5.0)
         >>> strategy.name, strategy.relaxation, strategy.recipe.epochs
         ('gdas', Gumbel(tau=5.0, tau_end=0.1, add_others=False), 250)
@@ -53,6 +78,18 @@ class OneShot(ABC):
         Raises:
             SettingError: the space lacks sites that the strategy learns weights for.
         """
+
+    def check(self, supernet: Supernet) -> None:
+        """Raise `SettingError` if this is no supernet for the strategy."""
+        if sparse_layers(supernet):
+            raise SettingError(
+                f"strategy {self.name!r} would train the sparse operations of {supernet.space!r} densely. Use "
+                'strategy="dass", which learns what to prune, or ops="dense".'
+            )
+
+    def phases(self, recipe: Recipe) -> tuple[Phase, ...]:
+        """Return the phases of training, whose epochs are those of the recipe in all: mostly it is one."""
+        return (Phase(recipe),)
 
     @abstractmethod
     def supernet(self) -> dict[str, Any]:
@@ -310,7 +347,7 @@ _RECIPE = Recipe(
 )
 _LONG = _RECIPE.replace(epochs=250)
 
-ONE_SHOT: dict[str, OneShot] = {
+METHODS: dict[str, OneShot] = {
     "darts": Differentiable("darts", Softmax(), _RECIPE),
     "gdas": Differentiable("gdas", Gumbel(), _LONG.replace(batch_size=256, nesterov=True, weight_decay=5e-4)),
     "drnas": Differentiable("drnas", Dirichlet(), _RECIPE.replace(lr=0.1, lr_end=0.0), arch_lr=6e-4, arch_start=0.4),
@@ -325,4 +362,4 @@ ONE_SHOT: dict[str, OneShot] = {
     ),
     "spos": SinglePath("spos", _LONG),
 }
-"""The one-shot strategies by name, with the numbers of their papers as defaults: those for the space of DARTS."""
+"""Those of this module by name; `nasbench.strategies.ONE_SHOT` has all."""

@@ -55,9 +55,10 @@ def example(bound: SearchSpace, batch: int) -> tuple[Tensor, torch.Size]:
     return torch.randn(batch, 2, 8, 8, generator=generator), torch.Size((batch, 5))
 
 
-@pytest.fixture(params=SPACES)
+@pytest.fixture(params=[*SPACES, "darts both"])
 def bound(request: pytest.FixtureRequest) -> SearchSpace:
-    unbound = space(request.param, **SETTINGS.get(request.param, {}))
+    name, _, ops = request.param.partition(" ")
+    unbound = space(name, **SETTINGS.get(name, {}) | ({"ops": ops} if ops else {}))
     return unbound.bind(data(unbound))
 
 
