@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from compress.errors import CompressionError
+from compress.models import outputs_of
 from compress.pruning import finalize
 from nasbench.files import atomic_write
 
@@ -61,20 +61,11 @@ def export(model: nn.Module, path: str | Path, *, example: Example) -> float:
     inputs = tuple(x.detach().cpu() for x in inputs)
     inputs = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
     more = tuple(torch.cat([x, x[:1]]) for x in inputs)
-    wanted = [_outputs(twin, batch) for batch in (inputs, more)]
+    wanted = [outputs_of(twin, batch) for batch in (inputs, more)]
     with atomic_write(path) as temporary:
         _write(twin, temporary, inputs)
         found = [_run(temporary, batch) for batch in (inputs, more)]
         return max(_difference(a, b) for a, b in zip(wanted, found, strict=True))
-
-
-def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    try:
-        with torch.no_grad():
-            return [x for x in tree_leaves(model(*inputs)) if isinstance(x, Tensor)]
-    except Exception as error:
-        shapes = ", ".join(" x ".join(map(str, x.shape)) for x in inputs)
-        raise CompressionError(f"the model does not take a batch of {shapes}, as it must any: {error}") from error
 
 
 def _write(model: nn.Module, path: Path, inputs: tuple[Tensor, ...]) -> None:

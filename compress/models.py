@@ -1,8 +1,10 @@
-"""What compressors need of a model: that it can be copied, and that its weights have values."""
+"""What compressors need of a model: that it can be copied, and that its weights have values, and its outputs."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from compress.errors import CompressionError
 from search_spaces.tracing import GrowthError, copied
@@ -30,3 +32,17 @@ def require_values(model: nn.Module) -> None:
         raise CompressionError(
             f"{type(model).__name__} is on the meta device, where weights have no values; build it for real."
         )
+
+
+def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the tensors that a model gives for a batch, as it is now, without gradients.
+
+    Raises:
+        CompressionError: it does not take the batch.
+    """
+    try:
+        with torch.no_grad():
+            return [x for x in tree_leaves(model(*inputs)) if isinstance(x, Tensor)]
+    except Exception as error:
+        shapes = ", ".join(" x ".join(map(str, x.shape)) for x in inputs)
+        raise CompressionError(f"the model does not take a batch of {shapes}: {error}") from error

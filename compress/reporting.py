@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from compress.errors import CompressionError
 from compress.layer_macs import macs
+from compress.models import outputs_of
 from compress.pruning import finalize
 from compress.storage import load, read, save
+from compress.tables import aligned
 from compress.weights import weights
 from nasbench.devices import pick_device
 from nasbench.profile import Latency
@@ -82,11 +83,7 @@ class Report:
             for row, (_, number) in zip(rows[1:], _figures(self).values(), strict=True):
                 text, before = old[row[0]]
                 row += [text, f"{number / before:.4f}" if before else ""]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
+        lines = [aligned(rows)]
         if self.max_difference is not None:
             lines.append(f"largest difference of an output: {self.max_difference:.3g}")
         if (took := self.latency) is not None:
@@ -151,7 +148,7 @@ def report(
     difference = None
     if example is not None:
         inputs = tuple(x.detach().cpu() for x in inputs)
-        outputs = [_outputs(model, inputs) for model in models]
+        outputs = [outputs_of(model, inputs) for model in models]
         if baseline is not None:
             difference = _difference(*outputs)
         for own, model, latency in zip(figures, models, _times(models, inputs, place, min_seconds), strict=True):
@@ -173,15 +170,6 @@ def _sizes(model: nn.Module) -> dict[str, Any]:
         "weights": sum(weight.size for weight in found),
         "nonzeros": sum(int((w.parameter if w.mask is None else w.mask).count_nonzero()) for w in found),
     }
-
-
-def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    try:
-        with torch.no_grad():
-            return [x for x in tree_leaves(model(*inputs)) if isinstance(x, Tensor)]
-    except Exception as error:
-        shapes = ", ".join(" x ".join(map(str, x.shape)) for x in inputs)
-        raise CompressionError(f"the model does not take an example of {shapes}: {error}") from error
 
 
 def _difference(outputs: list[Tensor], wanted: list[Tensor]) -> float:

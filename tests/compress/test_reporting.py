@@ -144,7 +144,7 @@ def test_bad_input_is_refused() -> None:
     for example in (3, (), torch.tensor(1.0), torch.rand(0, 3, 8, 8)):
         with pytest.raises(CompressionError, match="example is a batch of inputs"):
             report(model, example=example)  # type: ignore[arg-type]
-    with pytest.raises(CompressionError, match=r"does not take an example of 4 x 1 x 8 x 8: .*channels"):
+    with pytest.raises(CompressionError, match=r"does not take a batch of 4 x 1 x 8 x 8: .*channels"):
         report(model, example=X[:, :1], baseline=model)
     with pytest.raises(CompressionError, match=r"outputs of shapes \[\(4, 10\)\], the baseline \[\(4, 1, 10\)\]"):
         report(model, example=X, baseline=nn.Sequential(*model, nn.Unflatten(1, (1, 10))))
