@@ -173,7 +173,7 @@ class SupernetTraining:
         sums = torch.zeros(3, device=self.device)  # loss, hits, loss on the other half
         for step, train in enumerate(batches):
             rng = keyed_generator(self.seed, epoch, step)
-            self._set_rate(epoch, step, steps)
+            self._set_rate(epoch * steps + step, steps)
             if others is not None:
                 sums[2] += self._architecture_step(epoch, train, next(others), rng)
             mixture = self._mix(epoch, rng)()
@@ -217,10 +217,10 @@ class SupernetTraining:
         assert isinstance(self.strategy, Differentiable)
         return int(self.strategy.arch_start * self.recipe.epochs + 1e-9)  # 0.3 * 50 is a little below 15
 
-    def _set_rate(self, epoch: int, step: int, steps: int) -> None:
-        phase, start = self._phase(epoch)
+    def _set_rate(self, step: int, steps: int) -> None:
+        phase, start = self._phase(step // steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = phase.recipe.learning_rate((epoch - start) * steps + step, steps)
+            group["lr"] = phase.recipe.learning_rate(step - start * steps, steps)
 
     def _architecture_step(self, epoch: int, train: bilevel.Batch, val: bilevel.Batch, rng: torch.Generator) -> Tensor:
         assert self.architecture_optimizer is not None
@@ -360,7 +360,7 @@ class SupernetTraining:
                 mix, rows = self._mix(0, rng), list(self.logits.values())
                 bilevel.dominant_eigenvalue(self.supernet, mix, rows, (x, y), rng, steps=1)
 
-        self._set_rate(0, 0, 1)
+        self._set_rate(0, 1)
         world = dist.get_world_size() if dist.is_initialized() else 1
         images, buffers = max(1, self.recipe.batch_size // world), 2 if self.recipe.optimizer == "adamw" else 1
         need = max(

@@ -249,11 +249,11 @@ def test_networks_of_all_kinds_keep_their_multiply_adds(kind: str, space: Search
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "resnext50_32x4d", "efficientnet_b0", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "convnext_tiny"])
 def test_networks_of_torchvision_keep_their_multiply_adds(name: str, kind: str) -> None:
     from torchvision import models
 
-    model, image = getattr(models, name)(weights=None), torch.zeros(1, 3, 224, 224)
+    model, image = getattr(models, name)(weights=None), torch.zeros(1, 3, 64, 64)
     new = sparse_ift(model, kind, 0.75, example=image)
     assert compare_macs(model, new, image).ratio == pytest.approx(1, abs=1e-4)
 
