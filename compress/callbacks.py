@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from typing import Any
 
 from compress.dynamic import DynamicSparsity
+from compress.errors import CompressionError
+from compress.schedule import METHODS
 from nasbench.training import Callback, Run
+from search_spaces.arch import nearest
+
+_STARTED: weakref.WeakSet[DynamicSparsity] = weakref.WeakSet()
 
 
 class DynamicCallback(Callback):
@@ -19,7 +26,7 @@ class DynamicCallback(Callback):
         sparsity: the `DynamicSparsity` of the training, once it has begun.
 
     Raises:
-        CompressionError: when the training begins, as `DynamicSparsity` does.
+        CompressionError: the method or a setting is unknown; and, when the training begins, as `DynamicSparsity` does.
 
     Example:
         >>> import nasbench as nb
@@ -36,11 +43,25 @@ class DynamicCallback(Callback):
     sparsity: DynamicSparsity
 
     def __init__(self, method: str = "rigl", **settings: Any) -> None:
+        if method not in METHODS:
+            raise CompressionError(f"no method {method!r}; {nearest(method, METHODS)}")
+        known = inspect.signature(DynamicSparsity).parameters.keys() - {"method", "model", "optimizer", "steps"}
+        for name in settings:
+            if name not in known:
+                fit = "nasbench.fit knows it; leave it out." if name in ("model", "optimizer", "steps") else ""
+                raise CompressionError(f"DynamicCallback has no setting {name!r}; {fit or nearest(name, known)}")
         self._settings = {"method": method} | settings
 
     def on_start(self, run: Run) -> None:
+        owned = {id(parameter) for parameter in run.model.parameters()}
+        for former in list(_STARTED):  # of a training that was interrupted: every training makes an optimizer
+            if former._optimizer is not run.optimizer and any(
+                id(weight.parameter) in owned for weight in former._weights.values()
+            ):
+                former.remove()
         steps = run.recipe.epochs * run.steps_per_epoch
         self.sparsity = DynamicSparsity(run.model, run.optimizer, steps=steps, **self._settings)
+        _STARTED.add(self.sparsity)
 
     def on_end(self, run: Run) -> None:
         self.sparsity.remove()

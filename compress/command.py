@@ -60,7 +60,11 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     report = actions.add_parser(
         "report", help="what a file holds: parameters, non-zeros, multiply-adds, bytes, latency"
     )
-    report.add_argument("file", help="a file of `nasbench compress` or compress.save with a network of our spaces")
+    report.add_argument(
+        "file",
+        help="a file of `nasbench compress` or compress.save with a network of our spaces; without --shape or --data "
+        "only its sizes are reported",
+    )
     _input_options(report, "")
     report.set_defaults(run=_report)
 
@@ -115,8 +119,13 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from compress import report
+    from compress.storage import read
 
-    print(report(options.file, example=_example(options, _data(options))))
+    read(options.file)  # says now, and not after the data are loaded, if there is no such file
+    known = options.shape is not None or options.data is not None
+    print(report(options.file, example=_example(options, _data(options)) if known else None))
+    if not known:
+        print("--shape C,H,W or --data adds multiply-adds and latency")
 
 
 def _network(options: argparse.Namespace) -> tuple[nn.Module, Data | None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +22,8 @@ from compress.schedule import Schedule
 from compress.weights import Weight, weights
 from search_spaces.arch import nearest
 from search_spaces.masks import keep_count
+
+_ACTIVE: weakref.WeakSet[DynamicSparsity] = weakref.WeakSet()
 
 
 class DynamicSparsity:
@@ -59,8 +63,9 @@ class DynamicSparsity:
         updates: how often the masks changed.
 
     Raises:
-        CompressionError: the model has no masks, the optimizer lacks a masked weight, or a setting is out of range.
-            While training with "rigl", if no gradient of any masked weight was seen.
+        CompressionError: the model has no masks, the optimizer lacks a masked weight, a setting is out of range, or
+            another one still moves masks of the optimizer or of a weight: call its `remove` first. While training with
+            "rigl", if no gradient of any masked weight was seen.
 
     Example:
         >>> from search_spaces.masks import attach
@@ -98,6 +103,7 @@ class DynamicSparsity:
         seed: int = 0,
         group: dist.ProcessGroup | None = None,
     ) -> None:
+        self._weights = _masked(model, optimizer)
         self._schedule = Schedule(method, steps, interval, begin, end, fraction)
         if method == "gradual" and density is None:
             raise CompressionError("method 'gradual' needs density=, the share of weights that is kept in the end.")
@@ -105,7 +111,7 @@ class DynamicSparsity:
             raise CompressionError(
                 f"method {method!r} keeps the density that the model was pruned to; leave out density={density!r}."
             )
-        self._weights = _masked(model, optimizer)
+        _refuse_second(self._weights, optimizer)
         self._optimizer = optimizer
         self._seed = seed
         self._group = group
@@ -128,6 +134,7 @@ class DynamicSparsity:
         self._gradients = DenseGradients(list(self._weights.values())) if method == "rigl" else None
         self._hook = optimizer.register_step_post_hook(torch.compiler.disable(self._after_step))
         self._watch()
+        _ACTIVE.add(self)
 
     @property
     def density(self) -> float:
@@ -136,6 +143,7 @@ class DynamicSparsity:
 
     def remove(self) -> None:
         """Let go of the optimizer: masks stay as they are from now on."""
+        _ACTIVE.discard(self)
         self._hook.remove()
         if self._gradients is not None:
             self._gradients.close()
@@ -156,7 +164,7 @@ class DynamicSparsity:
         self.step, self.updates, self._start = state["step"], state["updates"], dict(state["start"])
         self._watch()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         kept = sum(self._kept().values())
         return (
             f"{self._schedule.method} after step {self.step:,} of {self._schedule.steps:,}: {self.updates:,} updates, "
@@ -308,6 +316,27 @@ def _masked(model: nn.Module, optimizer: Optimizer) -> dict[str, Weight]:
             "it does not train unmasked: prune(..., exclude=[...])."
         )
     return found
+
+
+def _refuse_second(found: Mapping[str, Weight], optimizer: Optimizer) -> None:
+    """Refuse an optimizer or weights whose masks another one still moves."""
+    own = {id(weight.parameter) for weight in found.values()}
+
+    def others() -> list[DynamicSparsity]:
+        return [
+            other
+            for other in _ACTIVE
+            if other.step < other._schedule.last
+            and (other._optimizer is optimizer or any(id(w.parameter) in own for w in other._weights.values()))
+        ]
+
+    if others():
+        gc.collect()  # one that nothing but its own optimizer holds is no more
+    if left := others():
+        shared = "of this optimizer" if left[0]._optimizer is optimizer else "over these masked weights"
+        raise CompressionError(
+            f"there is a DynamicSparsity {shared} already ({left[0]}); call .remove() on it before you make another."
+        )
 
 
 def _final_counts(layers: Mapping[str, Weight], density: float | Mapping[str, float]) -> dict[str, int]:

@@ -158,8 +158,9 @@ def _resize(module: nn.Module, tensors: Mapping[str, tuple[str, Tensor, Stored]]
     sizes, expected = _sizes(module, shapes, groups)
     for attribute, (name, old, _) in tensors.items():
         if not sizes or shapes[attribute] != expected.get(attribute, tuple(old.shape)):
+            grouped = f" (groups={groups})" if isinstance(module, _ConvNd) else ""
             raise CompressionError(
-                f"{name!r} is {_times(shapes[attribute])} in the file (groups={groups}) and {_times(old.shape)} in the "
+                f"{name!r} is {_times(shapes[attribute])} in the file{grouped} and {_times(old.shape)} in the "
                 f"module, a {type(module).__name__} that cannot be given it. Give a module with the stored shapes."
             )
     for attribute, size in sizes.items():

@@ -49,14 +49,14 @@ class LayerMacs:
 
 @dataclass(frozen=True, eq=False)
 class Macs(Mapping[str, LayerMacs]):
-    """Multiply-adds of one forward by the names of `compress.weights`; made by `macs`. Prints as a table.
+    """Multiply-adds of one input by the names of `compress.weights`; made by `macs`. Prints as a table.
 
     Attributes:
         layers: the layers, in the order in which they are called first; those that are not called come last.
         other: multiply-adds without such a weight: the products of attention.
         norms: elements that norms give, which no multiply-adds are counted for.
         adds: sums of two tensors' elements, likewise.
-        input: shapes of the example.
+        input: its shape, or shapes, where the model takes several tensors.
     """
 
     layers: Mapping[str, LayerMacs] = field(repr=False)
@@ -92,12 +92,12 @@ class Macs(Mapping[str, LayerMacs]):
             rows.append(("without weights", "", "", f"{self.other:,}", f"{self.other:,}"))
         size, kept = (sum(getattr(own, part) for own in self.layers.values()) for part in ("size", "kept"))
         rows.append(("all", f"{size:,}", f"{kept / size:.4f}", f"{self.dense:,}", f"{self.sparse:,}"))
-        return aligned(rows)
+        return f"{aligned(rows)}\nof one input: {self.input}"
 
 
 @dataclass(frozen=True)
 class MacsComparison:
-    """Multiply-adds of a model before and after a change; made by `compare_macs`. Prints as a table.
+    """Multiply-adds of one input before and after a change of a model; made by `compare_macs`. Prints as a table.
 
     Attributes:
         before: of the first model.
@@ -142,15 +142,15 @@ class MacsComparison:
 
 
 def macs(model: nn.Module, example: Example | None = None) -> Macs:
-    """Return the multiply-adds of every layer, counted operator by operator in a forward on an example.
+    """Return the multiply-adds of every layer for one input, counted operator by operator in a forward.
 
     Counted are those of convolutions, linear layers and attention, as often as they are called, however they are
     called; a weight that is pruned does none. A model without masks has the count of `nasbench.profile.measure`.
 
     Args:
         model: any module. Its mode, buffers and stored results stay as they are, as does torch's random state.
-        example: a batch that it takes, of which all is counted: give one input for the cost of one. A tuple if it takes
-            several inputs. Default: see `assumed_input`.
+        example: a batch that it takes, (N, ...), of which the first input is used and counted. A tuple if the model
+            takes several; then the first of each tensor. Default: see `assumed_input`.
 
     Raises:
         CompressionError: the model does not take the example, has no layer that is counted, or is on the ``meta``
@@ -163,13 +163,15 @@ def macs(model: nn.Module, example: Example | None = None) -> Macs:
         0          216   1.0000  3,456      3,456
         3        1,280   1.0000  1,280      1,280
         all      1,496   1.0000  4,736      4,736
+        of one input: 1 x 3 x 4 x 4
     """
     found = weights(model)
     if not found:
         raise CompressionError(f"{type(model).__name__} has no convolution, linear layer or attention to count.")
     if example is None:
         example = assumed_input(model)
-    inputs = example if isinstance(example, tuple) else (example,)
+    batch = example if isinstance(example, tuple) else (example,)
+    inputs = tuple(x[:1] if isinstance(x, Tensor) and x.ndim else x for x in batch)
     twin = _twin(model)
     shapes = ", ".join(" x ".join(map(str, x.shape)) for x in inputs if isinstance(x, Tensor))
     with switched(twin, False), undisturbed(twin), parametrize.cached():
@@ -178,8 +180,8 @@ def macs(model: nn.Module, example: Example | None = None) -> Macs:
             _run(twin, inputs, counter)
         except Exception as error:
             raise CompressionError(
-                f"{type(model).__name__} stops on the example of shape {shapes}: {type(error).__name__}: {error} "
-                "Give example=x, a batch that it takes."
+                f"{type(model).__name__} stops on the example of shape {shapes}: {type(error).__name__}: "
+                f"{str(error).rstrip(' .')}. Give example=x, a batch that it takes."
             ) from error
     order = dict.fromkeys((*counter.dense, *found))
     layers = {}
@@ -190,14 +192,14 @@ def macs(model: nn.Module, example: Example | None = None) -> Macs:
 
 
 def compare_macs(before: nn.Module, after: nn.Module, example: Example | None = None) -> MacsComparison:
-    """Return the multiply-adds of two models on the same example: a model, and what a compressor made of it.
+    """Return the multiply-adds of two models for the same one input: a model, and what a compressor made of it.
 
     Layers of the second that lie in a module where the first has a layer count as that layer.
 
     Args:
         before: a model.
         after: another, of the same inputs.
-        example: a batch that both take, as for `macs`.
+        example: a batch that both take, of which one input is counted, as for `macs`.
 
     Raises:
         CompressionError: as `macs`.

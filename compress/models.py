@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -10,12 +12,32 @@ from compress.errors import CompressionError
 from search_spaces.tracing import GrowthError, copied
 
 
+def require_module(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        CompressionError: it is none; says what it is.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, Mapping):
+        given = f"a mapping of {len(model)} entries; load a state_dict into its model: model.load_state_dict(...)."
+    elif isinstance(model, str):
+        given = f"the string {model!r}; build or load the model first."
+    elif isinstance(model, type):
+        given = f"the class {model.__name__}; make a model of it: {model.__name__}(...)."
+    else:
+        given = f"{type(model).__name__}."
+    raise CompressionError(f"model is a torch.nn.Module, got {given}")
+
+
 def copy_of(model: nn.Module, share_parameters: bool = False) -> nn.Module:
     """Return a deep copy of a model, on request with the very parameters of the model.
 
     Raises:
-        CompressionError: it cannot be copied.
+        CompressionError: it is no module, or cannot be copied.
     """
+    require_module(model)
     try:
         return copied(model, share_parameters)
     except GrowthError as error:
@@ -26,8 +48,9 @@ def require_values(model: nn.Module) -> None:
     """Refuse a model on the ``meta`` device.
 
     Raises:
-        CompressionError: it is there.
+        CompressionError: it is there, or no module.
     """
+    require_module(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise CompressionError(
             f"{type(model).__name__} is on the meta device, where weights have no values; build it for real."

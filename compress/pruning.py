@@ -37,9 +37,13 @@ def prune(
     """Return the model with a mask over its weights: those that are off stay zero, whatever trains the model.
 
     The weights of convolutions, linear layers and attention are pruned, exactly ``round(density * total)`` are kept,
-    and every layer keeps at least one. The mask is a parametrization: it works with any optimizer, weight decay,
-    gradient clipping, averaging, mixed precision, DistributedDataParallel, `copy.deepcopy` and `torch.compile`, and it
-    is in ``state_dict``. A ``state_dict`` of the model without masks can be loaded too.
+    and every layer keeps at least one. Without a method they are kept at random, which suits networks that will be
+    trained from scratch; take "magnitude" for trained ones. A masked network is pruned further by
+    ``compress.prune(compress.finalize(model), ...)``.
+
+    The mask is a parametrization: it works with any optimizer, weight decay, gradient clipping, averaging, mixed
+    precision, DistributedDataParallel, `copy.deepcopy` and `torch.compile`, and it is in ``state_dict``. A
+    ``state_dict`` of the model without masks can be loaded too.
 
     Masks make a network no faster, and until `finalize` a little slower, as every forward multiplies them. A
     parametrization also changes two things. ``nn.init`` on a masked weight does nothing (it fills a temporary copy):
@@ -52,7 +56,8 @@ def prune(
             returns, where layers it does not name get no mask.
         distribution: one of `compress.density.RULES`: how many weights each layer keeps. If None, that is "erk" for
             "random"; the others keep the best weights of all layers together.
-        method: which weights are kept: "random" ones, the default; the largest by "magnitude"; or the best for "snip",
+        method: which weights are kept: "random" ones, the default, for networks that will be trained from scratch; the
+            largest by "magnitude", for trained ones; or the best for "snip",
             "grasp" or "synflow".
         exclude: names of layers, of modules that hold layers, or of parameters, that get no mask.
         batch: (x, y), inputs and targets: "snip", "grasp" and "synflow" need it, the last only for the shape of x.
@@ -66,8 +71,9 @@ def prune(
         example: with `structured`, a batch that the model takes.
 
     Raises:
-        CompressionError: a density is not in (0, 1] or the distribution cannot meet it, a name is unknown, a batch or
-            example is missing, or a weight is tied, parametrized or masked already. The model is unchanged then.
+        CompressionError: the model is no module, a density is not in (0, 1] or the distribution cannot meet it, a name
+            is unknown, a batch or example is missing or does not fit the model, or a weight is tied, parametrized or
+            masked already. The model is unchanged then.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
@@ -130,6 +136,9 @@ def finalize(model: nn.Module, inplace: bool = False) -> nn.Module:
     Args:
         model: any module; one without masks is only copied.
         inplace: change the model itself. Its Parameter objects stay.
+
+    Raises:
+        CompressionError: it is no module, or cannot be copied.
 
     Example:
         >>> layer = finalize(prune(nn.Linear(10, 10), 0.2))

@@ -17,7 +17,7 @@ from compress.errors import CompressionError
 from compress.layer_macs import macs
 from compress.models import outputs_of
 from compress.pruning import finalize
-from compress.storage import load, read, save
+from compress.storage import load, read, save, unwrapped
 from compress.tables import aligned
 from compress.weights import weights
 from nasbench.devices import pick_device
@@ -25,7 +25,7 @@ from nasbench.profile import Latency
 
 Example = Tensor | tuple[Tensor, ...]
 
-MASKS_ONLY = "masks only: smaller when packed, no faster on this device"
+_NO_FASTER = "smaller when packed, no faster on this device"
 _COUNTS = ("params", "weights", "nonzeros", "bytes", "macs", "kept_macs")
 _ROUNDS = 7  # of which each times every model once
 
@@ -33,6 +33,8 @@ _ROUNDS = 7  # of which each times every model once
 @dataclass(frozen=True)
 class Report:
     """What a model is, as its file has it; made by `report`. Prints as a table.
+
+    The ratio of two latencies is "noisy" where the spread of one is more than half of its median.
 
     Attributes:
         params: parameters, dropped ones included, those that layers share once.
@@ -43,7 +45,7 @@ class Report:
             None without an example.
         kept_macs: those of kept weights.
         latency: of the example's batch, with dense kernels, which are all that is used here.
-        note: what must be said of these numbers, or nothing.
+        note: what must be said of masks, or of weights most of which are zero; else nothing.
         baseline: the same of the model it is compared with, if one was given.
         max_difference: largest absolute difference of an output from the baseline's.
     """
@@ -83,6 +85,8 @@ class Report:
             for row, (_, number) in zip(rows[1:], _figures(self).values(), strict=True):
                 text, before = old[row[0]]
                 row += [text, f"{number / before:.4f}" if before else ""]
+            if self.latency is not None and self.baseline.latency is not None:
+                rows[-1][-1] = _latency_ratio(self.latency, self.baseline.latency)
         lines = [aligned(rows)]
         if self.max_difference is not None:
             lines.append(f"largest difference of an output: {self.max_difference:.3g}")
@@ -109,7 +113,7 @@ def report(
     timed in turns, in evaluation mode, on as many threads as torch now uses.
 
     Args:
-        source: a file that `compress.save` wrote, or a module.
+        source: a file that `compress.save` wrote, or a module, which torch.compile or data parallelism may wrap.
         example: a batch, (N, ...); a tuple for a model that takes several inputs. Without one nothing is run, and only
             the sizes are reported.
         baseline: the original network. A file that names no network of our spaces needs it, to be loaded into.
@@ -138,11 +142,17 @@ def report(
     place = pick_device(device)
     with tempfile.TemporaryDirectory() as folder:
         path = save(source, Path(folder) / "model.safetensors") if isinstance(source, nn.Module) else Path(source)
-        models = [load(path, source if isinstance(source, nn.Module) else baseline).cpu().eval()]
-        packed = any(stored.mask is not None or stored.encoding != "dense" for stored in read(path)[0].values())
+        stored, origin = read(path)
+        home = source if isinstance(source, nn.Module) else baseline
+        if home is None and origin is None:
+            raise CompressionError(
+                f"{path} names no network of our spaces: compress.report(path, baseline=network) needs the original."
+            )
+        models = [load(path, home).cpu().eval()]
+        masked = any(one.mask is not None and not one.mask.all() for one in stored.values())
         sizes = [path.stat().st_size]
         if baseline is not None:
-            models.append(copy.deepcopy(baseline).cpu().eval())
+            models.append(copy.deepcopy(unwrapped(baseline)).cpu().eval())
             sizes.append(save(baseline, Path(folder) / "baseline.safetensors").stat().st_size)
     figures = [_sizes(model) | {"bytes": size} for model, size in zip(models, sizes, strict=True)]
     difference = None
@@ -155,9 +165,10 @@ def report(
             counted = macs(model, tuple(x[:1] for x in inputs))
             own |= {"macs": counted.dense, "kept_macs": counted.sparse, "latency": latency}
     other = Report(**figures[1]) if baseline is not None else None
-    note = MASKS_ONLY if packed else ""
-    if packed and other is not None and figures[0]["params"] < other.params:
-        note = "masks: smaller when packed, no faster on this device; what is faster is so for its smaller layers"
+    kind = "masks" if masked else "zeros" if 2 * figures[0]["nonzeros"] <= figures[0]["weights"] else ""
+    note = f"{kind} only: {_NO_FASTER}" if kind else ""
+    if kind and other is not None and figures[0]["params"] < other.params:
+        note = f"{kind}: {_NO_FASTER}; what is faster is so for its smaller layers"
     return Report(**figures[0], note=note, baseline=other, max_difference=difference)
 
 
@@ -217,6 +228,11 @@ def _seconds(model: nn.Module, inputs: tuple[Tensor, ...], calls: int) -> float:
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def _latency_ratio(own: Latency, other: Latency) -> str:
+    noisy = any(took.iqr_ms > took.median_ms / 2 for took in (own, other))
+    return "noisy" if noisy else f"{own.median_ms / other.median_ms:.2f}"
 
 
 def _figures(report: Report) -> dict[str, tuple[str, float]]:

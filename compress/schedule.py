@@ -56,8 +56,8 @@ class Schedule:
         if not self.due(self.first + self.interval):
             raise CompressionError(
                 f"the masks would never change: with interval={self.interval} the first change is after step "
-                f"{self.first + self.interval:,}, and the last one has to be {self._bound} of {self.steps:,}. Give "
-                "the number of optimizer steps as steps=, or a shorter interval."
+                f"{self.first + self.interval:,}, and the last one has to be {self._bound} of {self.steps:,}, "
+                "counted in optimizer steps, not in epochs. Train longer, or give a shorter interval."
             )
 
     @property

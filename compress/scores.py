@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
 
 from compress.errors import CompressionError
 from compress.models import copy_of, require_values
@@ -69,8 +70,8 @@ def snip(
         fresh: whether to score Xavier-normal weights in place of the model's own of these names.
 
     Raises:
-        CompressionError: there is no batch, the model is on the ``meta`` device, a score is not finite, or all are
-            zero, as before a last layer of zeros.
+        CompressionError: there is no batch or it does not fit model and loss, the model is on the ``meta`` device, a
+            score is not finite, or all are zero, as before a last layer of zeros.
 
     Example:
         >>> scores = snip(nn.Linear(4, 2), ["weight"], (torch.rand(8, 4), torch.arange(8) % 2))
@@ -107,8 +108,8 @@ def grasp(
         model, names, batch, loss, seed: see `snip`.
 
     Raises:
-        CompressionError: there is no batch of at least two, the model is on the ``meta`` device, a score is not finite,
-            or all are zero.
+        CompressionError: there is no batch of at least two or it does not fit model and loss, torch cannot take second
+            derivatives of the model, it is on the ``meta`` device, a score is not finite, or all are zero.
 
     Example:
         >>> scores = grasp(nn.Linear(4, 2), ["weight"], (torch.rand(8, 4), torch.arange(8) % 2))
@@ -122,6 +123,8 @@ def grasp(
     x, y = _checked(batch, "grasp")
     if len(x) < 2:
         raise CompressionError(f"GraSP halves the batch, which has {len(x)} example; give some of each class.")
+    if y.ndim == 0 or len(y) != len(x):
+        raise CompressionError(f"GraSP halves the batch: x and y must be of one length, got {_shapes(x, y)}.")
     twin, parameters = _twin(model, names)
     criterion = loss or cross_entropy
     by_class = y.ndim == 1 and not y.is_floating_point()
@@ -140,9 +143,14 @@ def grasp(
         for half in halves:
             grads = _gradients(twin, parameters, *half, cooled, create_graph=True)
             dot = torch.stack([(own * grad).sum() for own, grad in zip(flow, grads, strict=True)]).sum()
-            for product, part in zip(
-                products, torch.autograd.grad(dot, parameters, materialize_grads=True), strict=True
-            ):
+            try:
+                second = torch.autograd.grad(dot, parameters, materialize_grads=True)
+            except RuntimeError as error:
+                raise CompressionError(
+                    f"GraSP needs second derivatives, which torch cannot take here: {error}. Take 'snip', 'synflow' or "
+                    "'magnitude'."
+                ) from error
+            for product, part in zip(products, second, strict=True):
                 product += part
     values = [(parameter * product).detach() for parameter, product in zip(parameters, products, strict=True)]
     return _usable(dict(zip(names, values, strict=True)), "grasp")
@@ -168,8 +176,8 @@ def synflow(
         rounds: how many times.
 
     Raises:
-        CompressionError: there is no batch of floating-point inputs, the model is on the ``meta`` device, or no path
-            has a score.
+        CompressionError: there is no batch of floating-point inputs that the model takes, the model is on the ``meta``
+            device, or no path has a score.
 
     Example:
         >>> from search_spaces.masks import top_k_mask
@@ -198,12 +206,15 @@ def synflow(
                 tensor.abs_()
     ones = torch.full_like(x[:1], _TINY, dtype=torch.double, device=parameters[0].device)
     masks = {name: torch.ones_like(own, dtype=torch.bool) for name, own in zip(names, parameters, strict=True)}
-    for step in range(1, rounds + 1):
-        with torch.enable_grad():
-            grads = torch.autograd.grad(twin(ones).sum(), parameters, materialize_grads=True)
-        flows = [(parameter * grad).abs().detach() for parameter, grad in zip(parameters, grads, strict=True)]
+    for step in tqdm(range(1, rounds + 1), desc="synflow", unit="round", leave=False, delay=1):
+        try:
+            with torch.enable_grad():
+                grads = torch.autograd.grad(twin(ones).sum(), parameters, materialize_grads=True)
+        except Exception as error:
+            raise CompressionError(f"the flow of an input as {_shapes(x)} cannot be computed: {error}") from error
+        flows = [(parameter.detach() * grad).abs_() for parameter, grad in zip(parameters, grads, strict=True)]
         found = _usable(dict(zip(names, flows, strict=True)), "synflow")
-        masks = choose({name: own.masked_fill(~masks[name], -1.0) for name, own in found.items()}, step / rounds)
+        masks = choose({name: own.masked_fill_(~masks[name], -1.0) for name, own in found.items()}, step / rounds)
         with torch.no_grad():
             for name, parameter in zip(names, parameters, strict=True):
                 parameter.mul_(masks[name])
@@ -222,9 +233,20 @@ def _gradients(
     model: nn.Module, parameters: Sequence[Tensor], x: Any, y: Any, loss: Loss, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
     device = parameters[0].device
-    with torch.enable_grad():
-        value = loss(model(x.to(device)), y.to(device))
-        return torch.autograd.grad(value, parameters, create_graph=create_graph, materialize_grads=True)
+    try:
+        with torch.enable_grad():
+            value = loss(model(x.to(device)), y.to(device))
+            return torch.autograd.grad(value, parameters, create_graph=create_graph, materialize_grads=True)
+    except Exception as error:
+        raise CompressionError(
+            f"the gradient of the loss cannot be computed for a batch of {_shapes(x, y)}: {error}"
+        ) from error
+
+
+def _shapes(x: Tensor, y: Tensor | None = None) -> str:
+    """Return the shapes of a batch in words."""
+    parts = {"x": x} if y is None else {"x": x, "y": y}
+    return " and ".join(f"{name} of shape {tuple(tensor.shape)}, {tensor.dtype}" for name, tensor in parts.items())
 
 
 @contextmanager
@@ -238,6 +260,10 @@ def _isolated(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _checked(batch: tuple[Any, Any] | None, method: str) -> tuple[Any, Any]:
+    if batch is None and method == "synflow":
+        raise CompressionError(
+            "'synflow' needs batch=(x, None) for the shape of x alone: any tensor of the shape of inputs will do."
+        )
     if batch is None:
         raise CompressionError(f"{method!r} needs data to score the weights: give batch=(x, y), inputs and targets.")
     x, y = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (None, None)

@@ -20,6 +20,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from compress.encodings import ENCODINGS, smallest
@@ -42,6 +44,7 @@ from search_spaces.arch import nearest
 VERSION = 1
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16 or float8
 _LARGEST = 2**31  # of an axis
+_ZIP = b"PK\x03\x04"  # how the files of torch.save begin
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
@@ -53,11 +56,13 @@ def save(model: nn.Module, path: str | Path) -> Path:
     written whole or not at all.
 
     Args:
-        model: any module. What a mask has dropped is not written, also where an optimizer has moved it.
+        model: any module. What a mask has dropped is not written, also where an optimizer has moved it. Of one that
+            torch.compile, DataParallel or DistributedDataParallel wraps, the network inside is written.
         path: the file, such as "model.safetensors".
 
     Raises:
-        CompressionError: the model has something that is no tensor with numbers: an extra state, a lazy or meta tensor.
+        CompressionError: the model is no module, or has something that is no tensor with numbers: an extra state, a
+            lazy or meta tensor.
         OSError: the file cannot be written.
 
     Example:
@@ -71,6 +76,9 @@ def save(model: nn.Module, path: str | Path) -> Path:
         >>> torch.equal(load(path, nn.Linear(1000, 100, bias=False)).weight, layer.weight)
         True
     """
+    if not isinstance(model, nn.Module):
+        raise CompressionError(f"save(model, path) takes the model first, got a {type(model).__name__}.")
+    model = unwrapped(model)
     entries: dict[str, dict[str, Any]] = {}
     arrays: dict[str, Tensor] = {}
     names: dict[tuple[int, int], str] = {}
@@ -103,6 +111,7 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
         path: a file that `save` wrote.
         module: the network that was saved, compressed or not; its own masks and values do not matter. A network of our
             spaces needs none: the file names space and architecture. It is then returned in eval mode, on the CPU.
+            Of a wrapped one, as `save` takes it, the network inside is copied.
 
     Raises:
         CompressionError: the file cannot be read, is damaged, of another kind or a newer version, or does not fit the
@@ -119,9 +128,14 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
         >>> torch.equal(twin(x), model(x))
         True
     """
+    if not isinstance(path, str | os.PathLike) or not isinstance(module, nn.Module | None):
+        raise CompressionError(
+            "load(path, module) takes the file first, then the network, "
+            f"got {type(path).__name__} and {type(module).__name__}."
+        )
     stored, origin = read(path)
     if module is not None:
-        twin = copy.deepcopy(module)
+        twin = copy.deepcopy(unwrapped(module))
         fill(twin, stored, path)
         return twin
     if origin is None:
@@ -137,12 +151,31 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
     return twin.eval()
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network inside torch.compile, DataParallel and DistributedDataParallel, which rename its tensors.
+
+    Example:
+        >>> net = nn.Linear(4, 2)
+        >>> unwrapped(torch.compile(nn.DataParallel(net))) is net
+        True
+    """
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def read(path: str | Path) -> tuple[dict[str, Stored], Origin | None]:
     """Return what is in a file that `save` wrote, by name, and which network of our spaces it is, if it is one.
 
     Raises:
         CompressionError: see `load`.
     """
+    if Path(path).is_dir():
+        raise CompressionError(f"cannot read {path}: it is a folder. Name a file that compress.save wrote.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -151,6 +184,13 @@ def read(path: str | Path) -> tuple[dict[str, Stored], Origin | None]:
     except OSError as error:
         raise CompressionError(f"cannot read {path}: {error}. Name a file that compress.save wrote.") from None
     except SafetensorError as error:
+        with Path(path).open("rb") as raw:
+            zipped = raw.read(len(_ZIP)) == _ZIP
+        if zipped:
+            raise CompressionError(
+                f"{path} was not written by compress.save but by torch.save: read it with torch.load, put it into the "
+                "network with load_state_dict, and write that with compress.save."
+            ) from None
         raise CompressionError(
             f"{path} is damaged, or no safetensors file ({error}). Name a file that compress.save wrote."
         ) from None
@@ -184,7 +224,11 @@ def read(path: str | Path) -> tuple[dict[str, Stored], Origin | None]:
 
 def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if "compress" not in metadata:
-        raise CompressionError(f"{path} was not written by compress.save: it is a safetensors file of another kind.")
+        raise CompressionError(
+            f"{path} was not written by compress.save: it is a safetensors file of another kind. Read it with "
+            "safetensors.torch.load_file, put it into the network with load_state_dict, and write that with "
+            "compress.save."
+        )
     try:
         header = json.loads(metadata["compress"])
         version = header["version"]

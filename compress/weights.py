@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from compress.errors import CompressionError
+from compress.models import require_module
 from search_spaces.arch import nearest
 from search_spaces.masks import mask_of
 
@@ -56,12 +57,16 @@ def weights(model: nn.Module) -> dict[str, Weight]:
 
     Biases, norms, embeddings, and positional or class tokens are not among them.
 
+    Raises:
+        CompressionError: the model is no module.
+
     Example:
         >>> list(weights(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Linear(8, 2))))
         ['0', '3']
         >>> list(weights(nn.MultiheadAttention(8, 2)))
         ['in_proj_weight', 'out_proj']
     """
+    require_module(model)
     return {weight.name: weight for weight in _find(model)}
 
 

@@ -197,7 +197,7 @@ def load_data(options: argparse.Namespace) -> Data:
 
 def _search(options: argparse.Namespace) -> None:
     import nasbench as nb
-    from nasbench.devices import init_distributed
+    from nasbench.devices import init_distributed, leave_distributed
 
     rank, _ = init_distributed()
     settings = read_settings(options.set)
@@ -236,6 +236,7 @@ def _search(options: argparse.Namespace) -> None:
     )
     if rank == 0:
         _tell(result, source)
+    leave_distributed()
 
 
 def _tell(result: SearchResult, source: Any) -> None:

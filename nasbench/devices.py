@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 from pathlib import Path
@@ -76,6 +77,17 @@ def init_distributed() -> tuple[int, int]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if own_gpu else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave_distributed() -> None:
+    """Part from the processes that `init_distributed` joined, once all have come so far; else nothing.
+
+    A process that ends without it may abort, because gloo's threads are still waiting.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        gc.collect()  # what wraps a network for data-parallel training holds on to the group
+        dist.destroy_process_group()
 
 
 def processor() -> str:

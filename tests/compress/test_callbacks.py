@@ -57,3 +57,32 @@ def test_a_model_without_masks_is_refused_before_it_is_trained() -> None:
     with pytest.raises(CompressionError, match="mask"):
         nb.fit(model, DATA, callbacks=[DynamicCallback("rigl")], device="cpu", progress=False)
     assert torch.equal(model[1].weight, before)
+
+
+def test_unknown_methods_and_settings_are_refused_at_once() -> None:
+    with pytest.raises(CompressionError, match="no method 'rig'; did you mean 'rigl'"):
+        DynamicCallback("rig")
+    with pytest.raises(CompressionError, match="no setting 'intervall'; did you mean 'interval'"):
+        DynamicCallback("rigl", intervall=2)
+    with pytest.raises(CompressionError, match="no setting 'steps'; nasbench.fit knows it; leave it out"):
+        DynamicCallback("rigl", steps=100)
+
+
+def test_masks_that_would_never_change_are_refused_without_advice_that_cannot_be_followed() -> None:
+    with pytest.raises(CompressionError, match="the masks would never change: .* or give a shorter interval") as caught:
+        nb.fit(network(), DATA, epochs=1, callbacks=[DynamicCallback()], device="cpu", progress=False)
+    assert "steps=" not in str(caught.value)
+
+
+def test_one_training_moves_masks_once_but_an_interrupted_one_is_no_hindrance() -> None:
+    model = network()
+    first = DynamicCallback(interval=2)
+    with pytest.raises(KeyboardInterrupt):
+        nb.fit(model, DATA, epochs=5, batch_size=32, callbacks=[first, Stop()], device="cpu", progress=False)
+    assert first.sparsity.step == 13, "it has more to do"
+    two: list[nb.Callback] = [DynamicCallback(interval=2), DynamicCallback("set", interval=2)]
+    with pytest.raises(CompressionError, match="a DynamicSparsity of this optimizer already"):
+        nb.fit(model, DATA, epochs=5, batch_size=32, callbacks=two, device="cpu", progress=False)
+    again = DynamicCallback(interval=2)
+    nb.fit(model, DATA, epochs=5, batch_size=32, callbacks=[again], device="cpu", progress=False)
+    assert again.sparsity.step == 25

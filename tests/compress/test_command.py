@@ -107,6 +107,12 @@ def test_channels_of_a_study_and_what_the_file_holds(runs: Path, capsys: pytest.
     assert macs[0] < macs[1]
     held = said(capsys, "report", "pruned.safetensors", "--shape", "1,8,8")
     assert f"{macs[0]:,}" in held and f"{Path('pruned.safetensors').stat().st_size:,}" in held
+    alone = said(capsys, "report", "pruned.safetensors").splitlines()
+    assert [line.split()[0] for line in alone[1:]] == [
+        *("params", "weights", "nonzeros", "bytes", "density", "--shape")
+    ]
+    assert [line.split() for line in alone[1:5]] == [line.split() for line in held.splitlines()[1:5]]
+    assert alone[-1] == "--shape C,H,W or --data adds multiply-adds and latency"
     again = said(capsys, "report", "pruned.safetensors", "--data", "digits")
     assert re.findall(r"(\w+) +([\d,]+)\n", again) == re.findall(r"(\w+) +([\d,]+)\n", held)
 
@@ -151,7 +157,8 @@ def test_bad_lines_say_what_is_wrong_and_write_nothing(
     assert "'lr' is no setting. Write KEY=VALUE" in error(*study, "0.1", "--epochs", "1", "--set", "lr")
     assert "there is no data/none.npz" in error(*study, "0.1", "--data", "data/none.npz")
     assert list(tmp_path.iterdir()) == []
-    assert "cannot read none.safetensors" in said(capsys, "report", "none.safetensors", "--shape", "1,8,8", status=2)
+    for words in ((), ("--shape", "1,8,8"), ("--shape", "3,x,3"), ("--data", "data/none.npz")):
+        assert "cannot read none.safetensors" in said(capsys, "report", "none.safetensors", *words, status=2)
     with pytest.raises(SystemExit, match="2"):
         main(["compress", "prune", "tiny"])
     assert "--density" in capsys.readouterr().err

@@ -555,6 +555,42 @@ def test_bad_models_and_settings_are_refused() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_second_one_is_refused_while_the_first_is_active() -> None:
+    model, other = masked(), masked()
+    both = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+    first = DynamicSparsity(model, both, "set", steps=4, interval=1)
+    with pytest.raises(CompressionError, match=r"of this optimizer already \(set after step 0 of 4.* call .remove\(\)"):
+        DynamicSparsity(other, both, "set", steps=10, interval=1)
+    with pytest.raises(CompressionError, match="a DynamicSparsity over these masked weights already"):
+        DynamicSparsity(model, momentum(model), "set", steps=10, interval=1)
+    first.remove()
+    second = DynamicSparsity(model, both, "set", steps=4, interval=1)
+    train(model, both, range(1, 4))
+    DynamicSparsity(model, both, "set", steps=4, interval=1)  # the second has made its last change
+    assert second.updates == 2
+    del first, second, both
+    DynamicSparsity(model, momentum(model), "set", steps=10, interval=1)  # nothing holds the others any more
+
+
+def test_the_model_is_checked_before_the_schedule() -> None:
+    model = net()
+    with pytest.raises(CompressionError, match="has no masked weights"):
+        DynamicSparsity(model, momentum(model), steps=10)
+    model = masked()
+    with pytest.raises(CompressionError, match="the optimizer lacks 3 of 3"):
+        DynamicSparsity(model, momentum(net()), steps=10)
+
+
+def test_it_is_shown_as_it_is_printed() -> None:
+    model = masked()
+    sparsity = DynamicSparsity(model, momentum(model), steps=1000)
+    assert (
+        repr(sparsity)
+        == str(sparsity)
+        == "rigl after step 0 of 1,000: 0 updates, 270 of 1,080 weights kept (density 0.25)"
+    )
+
+
 def test_losing_a_mask_while_training_is_refused() -> None:
     model = masked()
     optimizer = momentum(model)

@@ -468,10 +468,8 @@ def test_channels_are_removed_if_structured() -> None:
         ({"distribution": "erk-"}, "no distribution 'erk-'; did you mean 'erk'"),
         ({"method": "magnitud"}, "no pruning method 'magnitud'; did you mean 'magnitude'"),
         ({"exclude": ["hed"]}, "exclude names 'hed', which holds no weight to prune; did you mean 'head'"),
-        *(
-            ({"method": m, "batch": None}, f"'{m}' needs data to score the weights")
-            for m in ("snip", "grasp", "synflow")
-        ),
+        *(({"method": m, "batch": None}, f"'{m}' needs data to score the weights") for m in ("snip", "grasp")),
+        ({"method": "synflow", "batch": None}, "'synflow' needs batch=.x, None. for the shape of x alone"),
         ({"distribution": "snip", "batch": None}, "'snip' needs data"),
         ({"example": torch.zeros(1)}, "example is for structured=True"),
         ({"structured": True}, "structured=True makes smaller tensors, so it returns a new model"),
@@ -498,3 +496,22 @@ def test_models_that_cannot_be_pruned_are_refused() -> None:
     with pytest.raises(CompressionError, match="the weight of 'head' is tied"):
         prune(tied, 0.5, inplace=True)
     assert not masks(tied)
+
+
+def test_what_is_no_module_is_refused() -> None:
+    for thing, text in (
+        ("resnet18", "the string 'resnet18'; build or load the model first"),
+        (nn.Linear(2, 2).state_dict(), "a mapping of 2 entries; load a state_dict into its model"),
+        (nn.Linear, r"the class Linear; make a model of it: Linear\(...\)"),
+        (None, "NoneType"),
+    ):
+        for call in (
+            lambda it: prune(it, 0.5),
+            lambda it: prune(it, 0.5, structured=True, example=torch.zeros(1, 2)),
+            lambda it: densities(it, 0.5),
+            finalize,
+            lambda it: finalize(it, inplace=True),
+            masks,
+        ):
+            with pytest.raises(CompressionError, match=f"model is a torch.nn.Module, got {text}"):
+                call(thing)  # type: ignore[no-untyped-call]

@@ -11,14 +11,16 @@ from torch import nn
 
 from compress.errors import CompressionError
 from compress.pruning import finalize, prune
-from compress.reporting import MASKS_ONLY, Report, report
+from compress.reporting import Report, report
 from compress.storage import save
 from nasbench.errors import SettingError
 from nasbench.origin import mark
+from nasbench.profile import Latency
 from search_spaces import NASBench201
 
 X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 QUICK = 0.002
+MASKS_ONLY = "masks only: smaller when packed, no faster on this device"
 
 
 def net(width: int = 32) -> nn.Sequential:
@@ -44,7 +46,7 @@ def test_a_pruned_model_is_reported_from_its_file() -> None:
     assert (result.nonzeros, result.density) == (86 + 32, 118 / 1184)
     assert (result.macs, result.kept_macs) == (864 * 64 + 320, 86 * 64 + 32)
     assert result.bytes == Path("sparse.safetensors").stat().st_size
-    assert result.note == MASKS_ONLY == "masks only: smaller when packed, no faster on this device"
+    assert result.note == MASKS_ONLY
     assert result.baseline is not None
     assert result.baseline.bytes == save(model, "dense.safetensors").stat().st_size
     assert (result.baseline.nonzeros, result.baseline.note, result.baseline.baseline) == (1184, "", None)
@@ -120,8 +122,35 @@ def test_networks_of_our_spaces_need_no_baseline() -> None:
     result = report("ours.safetensors", example=X, min_seconds=QUICK)
     assert result.density == pytest.approx(0.3, abs=1e-3)
     save(net(), "plain.safetensors")
-    with pytest.raises(CompressionError, match=r"names no network of our spaces: load\(path, module\)"):
+    with pytest.raises(CompressionError, match=r"names no network of our spaces: .*baseline=network\) needs the orig"):
         report("plain.safetensors", example=X)
+
+
+def test_zeros_without_masks() -> None:
+    assert report(finalize(prune(net(), 0.1))).note == "zeros only: smaller when packed, no faster on this device"
+    both = report(finalize(prune(net(16), 0.1)), baseline=net(32))
+    assert both.note.startswith("zeros: smaller when packed, no faster on this device; what is faster is so for")
+    some = net()
+    nn.init.zeros_(some[5].weight)  # 320 of 1,184, as a head may start
+    assert report(some).note == ""
+    assert report(prune(net(), 1.0)).note == ""  # masks that drop nothing
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "ratio"), [(0.1, 1.0, "0.50"), (0.6, 0.1, "noisy"), (0.1, 1.1, "noisy"), (0.5, 1.0, "0.50")]
+)
+def test_a_ratio_of_noisy_latencies_is_not_given(own: float, other: float, ratio: str) -> None:
+    old = Report(10, 8, 8, 100, latency=Latency(2.0, other, 7, 1, "cpu", 1))
+    new = Report(5, 4, 4, 50, latency=Latency(1.0, own, 7, 1, "cpu", 1), baseline=old)
+    rows = {line.split()[0]: line.split()[-1] for line in str(new).splitlines()[1:7]}
+    assert (rows["params"], rows["latency"]) == ("0.5000", ratio)
+
+
+def test_a_wrapped_model_is_reported_as_the_one_inside() -> None:
+    sparse = prune(net(), 0.1)
+    result = report(torch.compile(sparse), baseline=nn.DataParallel(net()))
+    assert result == report(sparse, baseline=net())
+    assert result.baseline is not None
 
 
 def test_several_inputs_and_outputs() -> None:

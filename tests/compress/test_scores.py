@@ -213,7 +213,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
                 scorer(net, NAMES, (x, y))
         with pytest.raises(CompressionError, match=f"'{name}' gives weights of '0' scores that are not finite"):
             scorer(net, NAMES, (batch()[0] * torch.nan, batch()[1]))
-    with pytest.raises(CompressionError, match="'synflow' needs data"):
+    with pytest.raises(CompressionError, match="'synflow' needs batch=.x, None. for the shape of x alone"):
         synflow(net, NAMES, None, once)
     with pytest.raises(CompressionError, match="GraSP halves the batch, which has 1 example"):
         grasp(net, NAMES, batch(1, 1))
@@ -230,3 +230,42 @@ def test_what_cannot_be_scored_is_refused() -> None:
         net[2].weight.fill_(torch.nan)
     with pytest.raises(CompressionError, match="'magnitude' gives weights of '2' scores that are not finite"):
         magnitude(net, NAMES)
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_its_shapes() -> None:
+    net, (x, y) = convnet(), images()
+    names = ["0", "3", "6", "11"]
+    for scorer in (snip, grasp):
+        with pytest.raises(
+            CompressionError, match=r"a batch of x of shape \(\d, 1, 8, 8\), torch.float32 and y .*channels"
+        ):
+            scorer(net, names, (x[:, :1], y))
+        with pytest.raises(CompressionError, match=r"y of shape \(\d,\), torch.int64: Target \d is out of bounds"):
+            scorer(net, names, (x, y + 2))
+    with pytest.raises(
+        CompressionError, match=r"x of shape \(8, .* and y of shape \(6,\), torch.int64: Expected input"
+    ):
+        snip(net, names, (x, y[:6]))
+    with pytest.raises(
+        CompressionError, match=r"x and y must be of one length, got x of shape \(8, .* y of shape \(6,\)"
+    ):
+        grasp(net, names, (x, y[:6]))
+    with pytest.raises(CompressionError, match=r"an input as x of shape \(8, 1, 8, 8\), torch.float32 .*channels"):
+        synflow(net, names, (x[:, :1], None), once)
+
+
+def test_grasp_names_other_methods_where_there_is_no_second_derivative() -> None:
+    with pytest.raises(CompressionError, match="hardsigmoid_backward is not implemented.* Take 'snip', 'synflow' or"):
+        grasp(convnet(nn.Hardsigmoid), ["0", "3"], images())
+
+
+def test_synflow_shows_progress_only_if_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def bar(rounds: range, **settings: Any) -> range:
+        seen.append(settings)
+        return rounds
+
+    monkeypatch.setattr("compress.scores.tqdm", bar)
+    synflow(mlp(), NAMES, batch(), once, rounds=2)
+    assert [(own["delay"], own["leave"]) for own in seen] == [(1, False)]
