@@ -40,7 +40,8 @@ _NAMES: Mapping[Kind, str] = {
     "rsqrt square sigmoid tanh clamp clip clamp_min clamp_max relu relu6 gelu silu mish elu celu selu leaky_relu "
     "hardtanh hardswish hardsigmoid softplus softsign logsigmoid threshold dropout dropout1d dropout2d dropout3d "
     "alpha_dropout feature_alpha_dropout erf sin cos reciprocal positive contiguous clone detach float double half "
-    "bfloat16 expand expand_as gt ge lt le eq ne where masked_fill lerp addcmul addcdiv round floor ceil sign",
+    "bfloat16 expand expand_as gt ge lt le eq ne where masked_fill lerp addcmul addcdiv round floor ceil sign "
+    "zeros_like ones_like",
     "space": "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
     "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d "
     "lp_pool2d interpolate upsample pad",
@@ -52,7 +53,7 @@ _NAMES: Mapping[Kind, str] = {
     "dense": "linear conv1d conv2d conv3d",
     "norm": "batch_norm instance_norm",
     "mix": "layer_norm group_norm",
-    "fresh": "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like rand_like randn_like",
+    "fresh": "new_empty new_zeros new_ones new_full empty_like rand_like randn_like",
 }
 _INPLACE = "add_ sub_ mul_ div_ relu_ relu6_ sigmoid_ tanh_ clamp_ hardtanh_ elu_ leaky_relu_ silu_ hardswish_ to"
 _METHODS: dict[str, Kind] = {name: kind for kind, names in _NAMES.items() for name in names.split()}
@@ -326,7 +327,7 @@ def copied(model: nn.Module, share_parameters: bool = False) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise GrowthError(
-            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error} Remove what it stores that is "
+            f"{type(model).__name__} cannot be copied: {_said(error)} Remove what it stores that is "
             "no weight, such as results with gradients, locks or open files."
         ) from error
 
@@ -459,7 +460,7 @@ def _values(
             raise GrowthError(
                 f"{type(model).__name__} stops on the example of shape "
                 f"{', '.join(str(list(x.shape)) for x in inputs if isinstance(x, Tensor))} at "
-                f"{node.format_node()}: {type(error).__name__}: {error} Give a batch that the "
+                f"{node.format_node()}: {_said(error)} Give a batch that the "
                 f"model takes in {'training' if training else 'evaluation'}."
             ) from error
     return values
@@ -605,3 +606,8 @@ def layer_of(found: Trace, node: fx.Node) -> Layer | None:
         axis = dimensions - depth if depth else 1
     transposed = node.op == "call_module" and isinstance(module, _CONVS[3:])
     return Layer(name, label, node, source, owner, tensors, shape, axis, groups, transposed)
+
+
+def _said(error: Exception) -> str:
+    """Return an error as a sentence."""
+    return f"{type(error).__name__}: {str(error).strip().rstrip('.')}."

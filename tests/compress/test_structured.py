@@ -406,3 +406,10 @@ def test_models_that_cannot_be_pruned_are_refused() -> None:
     attach(masked[3], "weight", torch.ones_like(masked[3].weight, dtype=torch.bool))
     with pytest.raises(CompressionError, match=r"'3' has a mask; .*compress.finalize\(model\)"):
         prune_channels(masked, 0.5, example=X)
+
+
+def test_a_node_of_zeros_leaves_its_channels_prunable() -> None:
+    space = NASBench201(channels=8, cells=1, classes=10, in_channels=1)
+    arch = space.parse("|skip_connect~0|+|none~0|none~1|+|nor_conv_3x3~0|none~1|nor_conv_3x3~2|")
+    plan = channel_plan(space.build(arch), 0.5, example=torch.zeros(2, 1, 8, 8))
+    assert [group.layers[0] for group in plan.groups if len(group.kept) != group.channels // 2] == ["head.linear"]
