@@ -120,11 +120,11 @@ class SearchResult:
 
     Attributes:
         epochs: of a one-shot search, what was recorded of every epoch of its supernet: losses, the phase where training
-            has several, the probabilities of all options, the architecture they decode to, the number of its skip connections, its true rank where a table
-            was given, the largest eigenvalue where the strategy watches it, and the seconds since the beginning. Also
-            its validation accuracy and loss with the weights it then shared, and the part of the seconds since the
-            beginning that went into these scores, unless the strategy's `anytime` is off; where nothing is decoded
-            ("spos"), the architecture is the best of those that were scored.
+            has several, the probabilities of all options, the architecture they decode to, the number of its skip
+            connections, its true rank where a table was given, the largest eigenvalue where the strategy watches it,
+            and the seconds since the beginning. Also its validation accuracy and loss with the weights it then shared,
+            and the part of the seconds since the beginning that went into these scores, unless the strategy's `anytime`
+            is off; where nothing is decoded ("spos"), the architecture is the best of those that were scored.
 
     Example:
         >>> import nasbench as nb

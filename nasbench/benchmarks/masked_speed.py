@@ -1,8 +1,8 @@
 """What masks cost while training: a masked step, a RigL update and bytes, against the dense step of the same network.
 
-    python -m nasbench.benchmarks.masked_speed [--repeats 15]
+    python -m nasbench.benchmarks.masked_speed [--repeats 11]
 
-A CIFAR ResNet-20 in batches of 128 and a CIFAR ResNet-18 (11 million weights) in batches of 32 and 8, 90 % sparse
+A CIFAR ResNet-20 in batches of 128 and a CIFAR ResNet-18 (11 million weights) in batches of 128 and 8, 90 % sparse
 (ERK), with SGD and momentum on random images, one thread. Variants take turns in one process; figures are medians of
 process time, and ratios are medians of each turn's ratio.
 """
@@ -23,13 +23,13 @@ import compress
 from nasbench.benchmarks.common import record
 from search_spaces import ResNet
 
-CASES = (("ResNet-20", 128), ("ResNet-18", 32), ("ResNet-18", 8))
+CASES = (("ResNet-20", 128), ("ResNet-18", 128), ("ResNet-18", 8))
 
 
 def main() -> None:
     """Time every case, and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--density", type=float, default=0.1)
     options = parser.parse_args()
     torch.set_num_threads(1)
