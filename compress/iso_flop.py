@@ -91,7 +91,7 @@ def sparse_ift(
         4           57,600   40,200  0.698             576         402   0.1745
         7               80      160  2.000              80         160   1.0000
         all        182,960  182,920  1.000           1,448       1,396   0.2685
-        input: 1 x 3 x 16 x 16
+        of one input: 1 x 3 x 16 x 16
         were masks not used: 647,008 MACs, 3.54 times before
 
     Source: Thangarasa et al., Sparse-IFT: Sparse Iso-FLOP Transformations for Maximizing Training Efficiency, ICML

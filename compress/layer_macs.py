@@ -138,7 +138,7 @@ class MacsComparison:
         dense = (
             f"were masks not used: {self.after.dense:,} MACs, {self.after.dense / self.before.sparse:.2f} times before"
         )
-        return "\n".join([aligned(rows), f"input: {self.after.input}", *notes, dense])
+        return "\n".join([aligned(rows), f"of one input: {self.after.input}", *notes, dense])
 
 
 def macs(model: nn.Module, example: Example | None = None) -> Macs:
@@ -211,7 +211,7 @@ def compare_macs(before: nn.Module, after: nn.Module, example: Example | None = 
         layer  MACs before  after  ratio  weights before  kept after  density
         0                8     18  2.250               8          18   1.0000
         all              8     18  2.250               8          18   1.0000
-        input: 1 x 4
+        of one input: 1 x 4
         were masks not used: 18 MACs, 2.25 times before
     """
     if example is None:
