@@ -261,7 +261,7 @@ def test_strategies_of_the_users_own_are_described_by_their_class() -> None:
         ("evolutoin", "no strategy is called 'evolutoin'; did you mean 'evolution'"),
         ("local-search", "did you mean 'local_search'"),
         ("nsga", "did you mean 'nsga[23]' or 'nsga[23]'"),
-        ("hyperband", "Known: darts, drnas, eas, evolution, .*top_evolution, tpe"),
+        ("hyperband", "Known: darts, dass, drnas, eas, evolution, .*top_evolution, tpe"),
         ("cmaes", "'cmaes' is not offered: .* cannot handle named options.* Known: .*evolution"),
         ("bruteforce", "'bruteforce' is not offered: .*'grid'"),
     ],
