@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from compress.errors import CompressionError
 from compress.layer_macs import macs
-from compress.models import outputs_of
+from compress.models import copy_of, outputs_of
 from compress.pruning import finalize
 from compress.storage import load, read, save, unwrapped
 from compress.tables import aligned
@@ -152,7 +151,7 @@ def report(
         masked = any(one.mask is not None and not one.mask.all() for one in stored.values())
         sizes = [path.stat().st_size]
         if baseline is not None:
-            models.append(copy.deepcopy(unwrapped(baseline)).cpu().eval())
+            models.append(copy_of(unwrapped(baseline)).cpu().eval())
             sizes.append(save(baseline, Path(folder) / "baseline.safetensors").stat().st_size)
     figures = [_sizes(model) | {"bytes": size} for model, size in zip(models, sizes, strict=True)]
     difference = None
@@ -162,7 +161,7 @@ def report(
         if baseline is not None:
             difference = _difference(*outputs)
         for own, model, latency in zip(figures, models, _times(models, inputs, place, min_seconds), strict=True):
-            counted = macs(model, tuple(x[:1] for x in inputs))
+            counted = macs(model, inputs)
             own |= {"macs": counted.dense, "kept_macs": counted.sparse, "latency": latency}
     other = Report(**figures[1]) if baseline is not None else None
     kind = "masks" if masked else "zeros" if 2 * figures[0]["nonzeros"] <= figures[0]["weights"] else ""

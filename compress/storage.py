@@ -16,7 +16,6 @@ that another entry has already is ``{"same": name}``.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -36,6 +35,7 @@ from torch.nn.parameter import is_lazy
 from compress.encodings import ENCODINGS, smallest
 from compress.errors import CompressionError
 from compress.filling import Slot, Stored, fill, slots_of
+from compress.models import copy_of
 from nasbench.errors import SettingError
 from nasbench.files import atomic_write
 from nasbench.origin import Origin, origin_of
@@ -135,7 +135,7 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
         )
     stored, origin = read(path)
     if module is not None:
-        twin = copy.deepcopy(unwrapped(module))
+        twin = copy_of(unwrapped(module))
         fill(twin, stored, path)
         return twin
     if origin is None:

@@ -140,7 +140,7 @@ def attach(module: nn.Module, name: str, mask: Tensor) -> None:
         )
     if parametrize.is_parametrized(module, name):
         raise ValueError(f"{name!r} is parametrized already; remove that first (torch.nn.utils.parametrize)")
-    first = all(mask_of(module, other) is None for other in getattr(module, "parametrizations", ()))
+    first = not _has_masks(module)
     _own_class(module)
     own = torch.empty_like(parameter, dtype=torch.bool, requires_grad=False).copy_(mask)  # device, memory format
     with torch.no_grad():
@@ -157,7 +157,7 @@ def detach(module: nn.Module, name: str) -> None:
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     with torch.no_grad():
         getattr(module, name).copy_(masked)
-    if all(mask_of(module, other) is None for other in getattr(module, "parametrizations", ())):
+    if not _has_masks(module):
         hooks = module._load_state_dict_pre_hooks  # a handle of it would not survive a deep copy
         for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _load_unmasked]:
             del hooks[key]
@@ -169,6 +169,10 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
         return None
     steps = module.parametrizations[name]  # type: ignore[index]
     return next((step.mask for step in steps if isinstance(step, Mask)), None)
+
+
+def _has_masks(module: nn.Module) -> bool:
+    return any(mask_of(module, name) is not None for name in getattr(module, "parametrizations", ()))
 
 
 def _own_class(module: nn.Module) -> None:

@@ -12,10 +12,8 @@ in half an hour, far below the published ones. Two processes run at a time, on o
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import warnings
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -23,7 +21,6 @@ import torch
 
 import nasbench as nb
 from nasbench.benchmarks import sparse_runs
-from nasbench.benchmarks.common import record
 from nasbench.strategies.dass import train_sparse
 from search_spaces import DARTS
 from search_spaces.sparse_operations import masks
@@ -43,10 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--train-epochs", type=int, nargs=3, default=[3, 1, 3], help="dense, scores, the weights left")
     options = parser.parse_args()
-    if options.child:
-        name, seed, file = options.child
-        torch.set_num_threads(1)
-        Path(file).write_text(json.dumps(search_and_train(options, name, int(seed))))
+    if sparse_runs.did_child(options, search_and_train):
         return
     found = sparse_runs.run_all(__file__, [f"dass:{d}" for d in DENSITIES] + ["darts", "random"], options.seeds)
     figures: dict[str, Any] = {}
@@ -56,8 +50,7 @@ def main() -> None:
         figures[f"density {d}"] = {
             method: sparse_runs.summary(own, None if method == "dass" else runs["dass"]) for method, own in runs.items()
         }
-    settings = {k: v for k, v in vars(options).items() if k not in ("data", "seeds", "child")}
-    record(__file__, figures, seeds=range(options.seeds), threads_of_a_process=1, **settings)
+    sparse_runs.record_runs(__file__, figures, options)
 
 
 def search_and_train(options: argparse.Namespace, name: str, seed: int) -> dict[str, dict[str, Any]]:

@@ -9,14 +9,11 @@ processes run at a time, on one thread each.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import compress
 import nasbench as nb
 from nasbench.benchmarks import sparse_runs
-from nasbench.benchmarks.common import record
 
 METHODS = ("static", "set", "rigl", "gradual")
 DENSITIES = (0.1, 0.05)
@@ -28,9 +25,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16, help="of the first block")
     parser.add_argument("--interval", type=int, default=50, help="steps between two changes of the masks")
     options = parser.parse_args()
-    if options.child:
-        name, seed, file = options.child
-        Path(file).write_text(json.dumps(train(options, name, int(seed))))
+    if sparse_runs.did_child(options, train):
         return
     names = ["dense:1", *(f"{method}:{density}" for density in DENSITIES for method in METHODS)]
     runs = sparse_runs.run_all(__file__, names, options.seeds)
@@ -41,8 +36,7 @@ def main() -> None:
             figures[f"{method}, density {density}"] = sparse_runs.summary(
                 runs[f"{method}:{density}"], None if method == "static" else static
             )
-    settings = {k: v for k, v in vars(options).items() if k not in ("data", "seeds", "child")}
-    record(__file__, figures, seeds=range(options.seeds), threads_of_a_process=1, **settings)
+    sparse_runs.record_runs(__file__, figures, options)
 
 
 def train(options: Any, name: str, seed: int) -> dict[str, Any]:

@@ -11,14 +11,12 @@ the published ones. Two processes run at a time, on one thread each.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import compress
 import nasbench as nb
 from nasbench.benchmarks import sparse_runs
-from nasbench.benchmarks.common import record
 from nasbench.robustness import robustness
 from nasbench.style import MUTED, SERIES, look, new_figure, save_figure
 
@@ -31,9 +29,7 @@ def main() -> None:
     parser = sparse_runs.arguments(__doc__, images=5000, epochs=8)
     parser.add_argument("--widths", type=int, nargs="+", default=[4, 8, 16, 32], help="of the first block")
     options = parser.parse_args()
-    if options.child:
-        name, seed, file = options.child
-        Path(file).write_text(json.dumps(train(options, name, int(seed))))
+    if sparse_runs.did_child(options, train):
         return
     rules = ["dense", *(f"erk:{d}" for d in DENSITIES), *(f"uniform:{d}" for d in BOTH)]
     names = [f"{width}:{rule}" for width in reversed(options.widths) for rule in rules]
@@ -56,8 +52,7 @@ def main() -> None:
         for width in options.widths
         for d in BOTH
     }
-    settings = {k: v for k, v in vars(options).items() if k not in ("data", "seeds", "child")}
-    record(__file__, figures, seeds=range(options.seeds), threads_of_a_process=1, **settings)
+    sparse_runs.record_runs(__file__, figures, options)
     plot(figures, options.widths)
 
 

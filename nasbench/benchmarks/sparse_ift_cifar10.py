@@ -11,8 +11,6 @@ of "wide" is trained too: what the same hardware time buys. Two processes run at
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,6 @@ import nasbench as nb
 from compress.iso_flop import KINDS
 from compress.layer_macs import macs
 from nasbench.benchmarks import sparse_runs
-from nasbench.benchmarks.common import record
 
 
 def main() -> None:
@@ -32,15 +29,12 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--interval", type=int, default=25, help="steps between two changes of the masks")
     options = parser.parse_args()
-    if options.child:
-        name, seed, file = options.child
-        Path(file).write_text(json.dumps(train(options, name, int(seed))))
+    if sparse_runs.did_child(options, train):
         return
     names = ["dense", "dense of twice the width", *(f"{kind}, rigl" for kind in KINDS), "wide, static"]
     runs = sparse_runs.run_all(__file__, names, options.seeds)
     figures = {name: sparse_runs.summary(own, None if name == "dense" else runs["dense"]) for name, own in runs.items()}
-    settings = {k: v for k, v in vars(options).items() if k not in ("data", "seeds", "child")}
-    record(__file__, figures, seeds=range(options.seeds), threads_of_a_process=1, **settings)
+    sparse_runs.record_runs(__file__, figures, options)
 
 
 def train(options: Any, name: str, seed: int) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 
 import nasbench as nb
 from compress.pruning import masks
-from nasbench.benchmarks.common import in_processes
+from nasbench.benchmarks.common import in_processes, record
 from nasbench.data import Data
 from search_spaces import ResNet
 
@@ -26,6 +28,21 @@ def arguments(description: str | None, **defaults: int) -> argparse.ArgumentPars
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     return parser
+
+
+def did_child(options: argparse.Namespace, run: Callable[[argparse.Namespace, str, int], Any]) -> bool:
+    """Return whether this process was started for one job; if so, `run` has done it, given the variant and the seed."""
+    if not options.child:
+        return False
+    name, seed, file = options.child
+    Path(file).write_text(json.dumps(run(options, name, int(seed))))
+    return True
+
+
+def record_runs(script: str, figures: dict[str, Any], options: argparse.Namespace) -> None:
+    """Record figures with the options they were measured under."""
+    settings = {k: v for k, v in vars(options).items() if k not in ("data", "seeds", "child")}
+    record(script, figures, seeds=range(options.seeds), threads_of_a_process=1, **settings)
 
 
 def resnet8(width: int, data: Data, seed: int) -> nn.Module:
