@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import nasbench as nb
-from nasbench.benchmarks import sparse_runs
+from nasbench.benchmarks import small_runs
 from nasbench.strategies.dass import train_sparse
 from search_spaces import DARTS
 from search_spaces.sparse_operations import masks
@@ -31,7 +31,7 @@ METHODS = ("dass", "darts", "random")
 
 def main() -> None:
     """Search and train with every method, density and seed, and record."""
-    parser = sparse_runs.arguments(__doc__, images=600, epochs=8, batch=16)
+    parser = small_runs.arguments(__doc__, images=600, epochs=8, batch=16)
     parser.add_argument("--cells", type=int, default=3)
     parser.add_argument("--channels", type=int, default=8)
     parser.add_argument("--arch-lr", type=float, default=0.01, help="larger than published: the searches are short")
@@ -40,17 +40,17 @@ def main() -> None:
     )
     parser.add_argument("--train-epochs", type=int, nargs=3, default=[3, 1, 3], help="dense, scores, the weights left")
     options = parser.parse_args()
-    if sparse_runs.did_child(options, search_and_train):
+    if small_runs.did_child(options, search_and_train):
         return
-    found = sparse_runs.run_all(__file__, [f"dass:{d}" for d in DENSITIES] + ["darts", "random"], options.seeds)
+    found = small_runs.run_all(__file__, [f"dass:{d}" for d in DENSITIES] + ["darts", "random"], options.seeds)
     figures: dict[str, Any] = {}
     for d in DENSITIES:
         runs = {"dass": [entry[str(d)] for entry in found[f"dass:{d}"]]}
         runs |= {method: [entry[str(d)] for entry in found[method]] for method in METHODS[1:]}
         figures[f"density {d}"] = {
-            method: sparse_runs.summary(own, None if method == "dass" else runs["dass"]) for method, own in runs.items()
+            method: small_runs.summary(own, None if method == "dass" else runs["dass"]) for method, own in runs.items()
         }
-    sparse_runs.record_runs(__file__, figures, options)
+    small_runs.record_runs(__file__, figures, options)
 
 
 def search_and_train(options: argparse.Namespace, name: str, seed: int) -> dict[str, dict[str, Any]]:

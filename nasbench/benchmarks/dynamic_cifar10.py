@@ -13,7 +13,7 @@ from typing import Any
 
 import compress
 import nasbench as nb
-from nasbench.benchmarks import sparse_runs
+from nasbench.benchmarks import small_runs
 
 METHODS = ("static", "set", "rigl", "gradual")
 DENSITIES = (0.1, 0.05)
@@ -21,38 +21,38 @@ DENSITIES = (0.1, 0.05)
 
 def main() -> None:
     """Train every variant with every seed, and record."""
-    parser = sparse_runs.arguments(__doc__, images=5000, epochs=15)
+    parser = small_runs.arguments(__doc__, images=5000, epochs=15)
     parser.add_argument("--width", type=int, default=16, help="of the first block")
     parser.add_argument("--interval", type=int, default=50, help="steps between two changes of the masks")
     options = parser.parse_args()
-    if sparse_runs.did_child(options, train):
+    if small_runs.did_child(options, train):
         return
     names = ["dense:1", *(f"{method}:{density}" for density in DENSITIES for method in METHODS)]
-    runs = sparse_runs.run_all(__file__, names, options.seeds)
-    figures = {"dense": sparse_runs.summary(runs["dense:1"])}
+    runs = small_runs.run_all(__file__, names, options.seeds)
+    figures = {"dense": small_runs.summary(runs["dense:1"])}
     for density in DENSITIES:
         static = runs[f"static:{density}"]
         for method in METHODS:
-            figures[f"{method}, density {density}"] = sparse_runs.summary(
+            figures[f"{method}, density {density}"] = small_runs.summary(
                 runs[f"{method}:{density}"], None if method == "static" else static
             )
-    sparse_runs.record_runs(__file__, figures, options)
+    small_runs.record_runs(__file__, figures, options)
 
 
 def train(options: Any, name: str, seed: int) -> dict[str, Any]:
     """Train one network and test it."""
     method, density = name.split(":")
     data = nb.data.load(options.data, train_images=options.images)
-    model = sparse_runs.resnet8(options.width, data, seed)
+    model = small_runs.resnet8(options.width, data, seed)
     if method == "dense":
-        return sparse_runs.train(model, data, seed, options)
+        return small_runs.train(model, data, seed, options)
     target = compress.densities(model, float(density), "erk")
     model = compress.prune(model, 1.0 if method == "gradual" else target, seed=seed)
     if method == "static":
-        return sparse_runs.train(model, data, seed, options)
+        return small_runs.train(model, data, seed, options)
     settings = {"density": target} if method == "gradual" else {}
     callback = compress.DynamicCallback(method, interval=options.interval, seed=seed, **settings)
-    return sparse_runs.train(model, data, seed, options, [callback])
+    return small_runs.train(model, data, seed, options, [callback])
 
 
 if __name__ == "__main__":

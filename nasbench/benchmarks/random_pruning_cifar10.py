@@ -16,7 +16,7 @@ from typing import Any
 
 import compress
 import nasbench as nb
-from nasbench.benchmarks import sparse_runs
+from nasbench.benchmarks import small_runs
 from nasbench.robustness import robustness
 from nasbench.style import MUTED, SERIES, look, new_figure, save_figure
 
@@ -26,24 +26,24 @@ BOTH = (0.1, 0.05)  # densities at which uniform pruning is tried too
 
 def main() -> None:
     """Train every variant with every seed, record and plot."""
-    parser = sparse_runs.arguments(__doc__, images=5000, epochs=8)
+    parser = small_runs.arguments(__doc__, images=5000, epochs=8)
     parser.add_argument("--widths", type=int, nargs="+", default=[4, 8, 16, 32], help="of the first block")
     options = parser.parse_args()
-    if sparse_runs.did_child(options, train):
+    if small_runs.did_child(options, train):
         return
     rules = ["dense", *(f"erk:{d}" for d in DENSITIES), *(f"uniform:{d}" for d in BOTH)]
     names = [f"{width}:{rule}" for width in reversed(options.widths) for rule in rules]
-    runs = sparse_runs.run_all(__file__, names, options.seeds)
+    runs = small_runs.run_all(__file__, names, options.seeds)
     figures: dict[str, Any] = {}
     for width in options.widths:
         dense = runs[f"{width}:dense"]
         figures[f"width {width}"] = {
-            rule: sparse_runs.summary(runs[f"{width}:{rule}"], None if rule == "dense" else dense)
-            | {key: sparse_runs.spread([run[key] for run in runs[f"{width}:{rule}"]]) for key in SIDE}
+            rule: small_runs.summary(runs[f"{width}:{rule}"], None if rule == "dense" else dense)
+            | {key: small_runs.spread([run[key] for run in runs[f"{width}:{rule}"]]) for key in SIDE}
             for rule in rules
         }
     figures["erk above uniform"] = {
-        f"width {width}, density {d}": sparse_runs.spread(
+        f"width {width}, density {d}": small_runs.spread(
             [
                 a["test_accuracy"] - b["test_accuracy"]
                 for a, b in zip(runs[f"{width}:erk:{d}"], runs[f"{width}:uniform:{d}"], strict=True)
@@ -52,7 +52,7 @@ def main() -> None:
         for width in options.widths
         for d in BOTH
     }
-    sparse_runs.record_runs(__file__, figures, options)
+    small_runs.record_runs(__file__, figures, options)
     plot(figures, options.widths)
 
 
@@ -63,10 +63,10 @@ def train(options: Any, name: str, seed: int) -> dict[str, Any]:
     """Train one network and test it."""
     width, rule, density = (name + ":1").split(":")[:3]
     data = nb.data.load(options.data, train_images=options.images)
-    model = sparse_runs.resnet8(int(width), data, seed)
+    model = small_runs.resnet8(int(width), data, seed)
     if rule != "dense":
         model = compress.prune(model, float(density), distribution=rule, seed=seed)
-    found = sparse_runs.train(model, data, seed, options)
+    found = small_runs.train(model, data, seed, options)
     side = robustness(model, data, split="test")
     return found | {key: round(side[key], 4) for key in SIDE}
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of sparse training share: small ResNets, trained and tested once, and means over seeds."""
+"""What benchmarks that train small networks share: ResNets, trained and tested once, and means over seeds."""
 
 from __future__ import annotations
 
