@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import CompressionError
+from compress.packing import packed_size
 
 Array = NDArray[np.generic]
 Bytes = NDArray[np.uint8]
@@ -96,16 +97,16 @@ ENCODINGS: Mapping[str, Encoding] = {
 """Ways to write which entries are kept. A byte of either stands for 256 entries at most: a small file stays small."""
 
 
-def smallest(kept: NDArray[np.bool_], itemsize: int, *, dense: bool) -> tuple[str, Bytes | None]:
-    """Return the encoding that takes fewest bytes with values of `itemsize` bytes, and its code; "dense" has none.
+def smallest(kept: NDArray[np.bool_], bits: int, *, dense: bool) -> tuple[str, Bytes | None]:
+    """Return the encoding that takes fewest bytes with values of so many bits, and its code; "dense" has none.
 
     Args:
         dense: whether the values of all entries may be written instead.
 
     Example:
-        >>> smallest(np.arange(1000) % 20 == 0, 4, dense=True)[0]  # 50 bytes of gaps or 125 of bits, and 200 of values
+        >>> smallest(np.arange(1000) % 20 == 0, 32, dense=True)[0]  # 50 bytes of gaps or 125 of bits, and 200 of values
         'gaps'
-        >>> smallest(np.arange(1000) % 2 == 0, 4, dense=True)[0], smallest(np.ones(1000, dtype=bool), 4, dense=True)[0]
+        >>> smallest(np.arange(1000) % 2 == 0, 32, dense=True)[0], smallest(np.ones(1000, bool), 32, dense=True)[0]
         ('bitmask', 'dense')
     """
     count = int(np.count_nonzero(kept))
@@ -113,6 +114,6 @@ def smallest(kept: NDArray[np.bool_], itemsize: int, *, dense: bool) -> tuple[st
     if count < codes["bitmask"].size:  # gaps take a byte for each kept entry at least
         codes["gaps"] = to_gaps(kept)
     name = min(codes, key=lambda name: codes[name].size)
-    if dense and (kept.size - count) * itemsize <= codes[name].size:
+    if dense and packed_size(bits, kept.size) - packed_size(bits, count) <= codes[name].size:
         return "dense", None
     return name, codes[name]

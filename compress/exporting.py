@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from compress.errors import CompressionError
 from compress.models import outputs_of
 from compress.pruning import finalize
 from nasbench.files import atomic_write
+
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
 
 Example = Tensor | tuple[Tensor, ...]
 
@@ -46,40 +50,60 @@ def export(model: nn.Module, path: str | Path, *, example: Example) -> float:
         >>> export(model, "model.onnx", example=torch.rand(1, 3, 32, 32))  # doctest: +SKIP
         2.4e-07
     """
-    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-        raise ImportError(f'export needs {" and ".join(missing)}: pip install "nasbench-toolkit[deploy]"')
+    require_onnx("export")
     inputs = example if isinstance(example, tuple) else (example,)
     if not all(isinstance(x, Tensor) and x.ndim > 0 and len(x) > 0 for x in inputs) or not inputs:
         raise CompressionError(
             f"example is a batch of inputs, (N, ...), or a tuple of such, got {type(example).__name__}."
         )
     twin = finalize(model).cpu().eval()
-    size = sum(tensor.numel() * tensor.element_size() for tensor in twin.state_dict().values())
+    with atomic_write(path) as temporary:
+        _, difference = write(twin, temporary, tuple(x.detach().cpu() for x in inputs))
+    return difference
+
+
+def require_onnx(user: str, needed: Sequence[str] = _NEEDED) -> None:
+    """Refuse where the packages of the extra `deploy` are not installed.
+
+    Raises:
+        ImportError: names those that are missing, and the extra.
+    """
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ImportError(f'{user} needs {" and ".join(missing)}: pip install "nasbench-toolkit[deploy]"')
+
+
+def write(model: nn.Module, path: Path, inputs: tuple[Tensor, ...]) -> tuple[ONNXProgram, float]:
+    """Write a plain model in evaluation mode, on the CPU, to an ONNX file, and run it on two sizes of a batch.
+
+    Returns:
+        What torch has made of the model, and the largest difference of an output.
+
+    Raises:
+        CompressionError: see `export`. The file may be there all the same.
+    """
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if size >= _LIMIT:
         raise CompressionError(f"the model has {size:,} bytes; an ONNX file holds less than {_LIMIT:,}.")
     # A batch of one would be taken for a constant.
-    inputs = tuple(x.detach().cpu() for x in inputs)
     inputs = tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
     more = tuple(torch.cat([x, x[:1]]) for x in inputs)
-    wanted = [outputs_of(twin, batch) for batch in (inputs, more)]
-    with atomic_write(path) as temporary:
-        _write(twin, temporary, inputs)
-        found = [_run(temporary, batch) for batch in (inputs, more)]
-        return max(_difference(a, b) for a, b in zip(wanted, found, strict=True))
+    wanted = [outputs_of(model, batch) for batch in (inputs, more)]
+    program = _traced(model, inputs)
+    program.save(path, external_data=False)
+    found = [_run(path, batch) for batch in (inputs, more)]
+    return program, max(_difference(a, b) for a, b in zip(wanted, found, strict=True))
 
 
-def _write(model: nn.Module, path: Path, inputs: tuple[Tensor, ...]) -> None:
+def _traced(model: nn.Module, inputs: tuple[Tensor, ...]) -> ONNXProgram:
     batch = torch.export.Dim("batch")
     names = [f"input{i}" for i in range(len(inputs))] if len(inputs) > 1 else ["input"]
     try:
-        torch.onnx.export(
+        program = torch.onnx.export(
             model,
             inputs,
-            path,
             input_names=names,
             dynamic_shapes=tuple({0: batch} for _ in inputs),
             dynamo=True,
-            external_data=False,
             verbose=False,
         )
     except Exception as error:
@@ -88,6 +112,8 @@ def _write(model: nn.Module, path: Path, inputs: tuple[Tensor, ...]) -> None:
             f"{type(model).__name__} cannot be exported with a free batch size: {reason} torch.export must be able to "
             "trace it: no Python branches on values, no fixed batch."
         ) from error
+    assert program is not None
+    return program
 
 
 def _run(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,26 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from compress.errors import CompressionError
+from compress.low_bit import LowBit, attach_low_bit, freeze_low_bit, low_bit_of
+from compress.models import copy_of
 from search_spaces.masks import Mask, attach, detach, mask_of
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A parameter or buffer in its module, and the boolean mask over it."""
+    """A parameter or buffer as its module stores it, with the boolean mask and the low-bit step over it."""
 
     module: nn.Module
     attribute: str
     tensor: Tensor
     mask: Tensor | None = None
+    low_bit: LowBit | None = None
+
+    def value(self) -> Tensor:
+        """Return what is stored, or, where it is of few bits, the weight that it stands for."""
+        with torch.no_grad():
+            found: Tensor = self.tensor if self.low_bit is None else getattr(self.module, self.attribute)
+            return found.detach()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +43,12 @@ class Stored:
     Attributes:
         tensor: its values; those a mask drops are zero.
         mask: the boolean mask, or None.
-        encoding: "dense", "bitmask" or "gaps".
+        encoding: "dense", "bitmask", "gaps" or "codes".
         groups: of the convolution whose weight it is, else 1.
         root: the name under which the file has it.
+        low_bit: the frozen grid that its values are on, or None.
+        fresh: whether the tensor is memory of its own, not the file's.
+        bytes: of its arrays in the file.
     """
 
     tensor: Tensor
@@ -43,10 +56,15 @@ class Stored:
     encoding: str
     groups: int
     root: str
+    low_bit: LowBit | None
+    fresh: bool
+    bytes: int
 
 
 def slots_of(model: nn.Module) -> dict[str, Slot]:
-    """Return the parameters and buffers that a state_dict has, by name; a masked weight is one, by its plain name.
+    """Return the parameters and buffers that a state_dict has, by name.
+
+    A masked weight, or one of few bits, is one, by its plain name.
 
     Raises:
         CompressionError: a module has an extra state, which is no tensor.
@@ -60,45 +78,61 @@ def slots_of(model: nn.Module) -> dict[str, Slot]:
         own: dict[str, Slot] = {}
         for attribute in covered:
             original = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
-            own[attribute] = Slot(module, attribute, original, mask_of(module, attribute))
+            own[attribute] = Slot(
+                module, attribute, original, mask_of(module, attribute), low_bit_of(module, attribute)
+            )
         persistent = {a: b for a, b in module._buffers.items() if a not in module._non_persistent_buffers_set}
         for attribute, tensor in (module._parameters | persistent).items():
             if tensor is not None:
                 own[attribute] = Slot(module, attribute, tensor)
-        found |= {f"{path}.{attribute}".removeprefix("."): slot for attribute, slot in own.items()}
+        # In an order that does not change where a mask was attached or removed.
+        found |= {f"{path}.{attribute}".removeprefix("."): own[attribute] for attribute in sorted(own, reverse=True)}
     return found
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
-    """Yield all modules by all their names, with the attributes that a mask alone covers; masks themselves are none."""
+    """Yield all modules by all their names, with the attributes that only our steps cover; the steps are left out."""
     hidden: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         if id(module) in hidden:
             continue
         covered = []
         for attribute, steps in getattr(module, "parametrizations", {}).items():
-            if len(steps) == 1 and isinstance(steps[0], Mask):
+            if steps.is_tensor and all(isinstance(step, Mask | LowBit) for step in steps):
                 covered.append(attribute)
-                hidden |= {id(steps), id(steps[0])}
+                hidden |= set(map(id, steps.modules()))
         yield path, module, covered
 
 
+def blank_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model to be filled: its parameters have no values yet, so that none is copied in vain.
+
+    Raises:
+        CompressionError: it cannot be copied.
+    """
+    blank = {
+        id(p): nn.Parameter(torch.empty_like(p), p.requires_grad)
+        for p in model.parameters()
+        if type(p) is nn.Parameter and not p.is_meta
+    }
+    try:
+        return copy.deepcopy(model, blank)
+    except Exception:  # noqa: BLE001 - anything that a module stores may refuse
+        return copy_of(model)  # which says why that is not possible
+
+
 def fill(model: nn.Module, stored: Mapping[str, Stored], path: str | Path) -> None:
-    """Put stored tensors and masks into a model, and give its layers their sizes.
+    """Put stored tensors, masks and low-bit grids into a model, and give its layers their sizes.
 
     Args:
-        model: a copy: where this fails, it is half filled.
-        stored: a tensor for each of its own, by name.
+        model: a copy: where this fails, it is half filled. Its own masks and low-bit steps are removed.
+        stored: a tensor for each of its own, by name. Fresh ones become the model's.
         path: where they come from, for messages.
 
     Raises:
         CompressionError: the model has other tensors, or a layer that has no such sizes.
     """
-    done: set[int] = set()
-    for _, module, covered in list(_walk(model)):
-        for attribute in () if id(module) in done else covered:
-            detach(module, attribute)
-        done.add(id(module))
+    _make_plain(model)
     slots = slots_of(model)
     if slots.keys() != stored.keys():
         raise CompressionError(
@@ -112,10 +146,12 @@ def fill(model: nn.Module, stored: Mapping[str, Stored], path: str | Path) -> No
     for module, names in layers.items():
         _resize(module, {attribute: (name, slots[name].tensor, stored[name]) for attribute, name in names.items()})
     filled: dict[int, tuple[Tensor, Stored]] = {}  # what is one tensor in the model stays one
+    taken: set[str] = set()
     for name, slot in slots.items():
         new = stored[name]
         if id(slot.tensor) not in filled:
-            filled[id(slot.tensor)] = _filled(slot.tensor, new.tensor), new
+            filled[id(slot.tensor)] = _filled(slot.tensor, new.tensor, own=new.fresh and new.root not in taken), new
+            taken.add(new.root)
         tensor, first = filled[id(slot.tensor)]
         if first.root != new.root and not torch.equal(first.tensor, new.tensor):
             raise CompressionError(
@@ -127,15 +163,31 @@ def fill(model: nn.Module, stored: Mapping[str, Stored], path: str | Path) -> No
     for name, slot in slots.items():
         if (mask := stored[name].mask) is not None and mask_of(slot.module, slot.attribute) is None:
             attach(slot.module, slot.attribute, mask)
+    for name, slot in slots.items():
+        if (step := stored[name].low_bit) is not None and low_bit_of(slot.module, slot.attribute) is None:
+            attach_low_bit(slot.module, slot.attribute, copy.deepcopy(step).to(filled[id(slot.tensor)][0].device))
+            filled[id(slot.tensor)][0].requires_grad_(False)
 
 
-def _filled(old: Tensor, new: Tensor) -> Tensor:
-    """Return the module's own tensor with these values; of one on the meta device, one like it."""
+def _make_plain(model: nn.Module) -> None:
+    """Remove masks and low-bit steps."""
+    done: set[int] = set()
+    for _, module, covered in list(_walk(model)):
+        for attribute in () if id(module) in done else covered:
+            if low_bit_of(module, attribute) is not None:
+                freeze_low_bit(module, attribute)  # which gives the parameter the shape of the weight
+                module.parametrizations[attribute].original.requires_grad_(True)  # type: ignore[index, union-attr]
+            detach(module, attribute)
+        done.add(id(module))
+
+
+def _filled(old: Tensor, values: Tensor, own: bool) -> Tensor:
+    """Return the module's tensor with these values, copied unless they are its own; of one on meta, one like it."""
     if old.is_meta:
-        new = new.clone()
-        return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        values = values if own else values.clone()
+        return nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else values
     old.grad = None
-    old.data = new.to(old.device, copy=True)
+    old.data = values.to(old.device, copy=not own)
     return old
 
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.channel_changes import changed, possible_change
 from compress.errors import CompressionError
 from compress.larger_layers import doped, factorized, parallel, rank_of, reset
 from compress.layer_macs import Example, Macs, assumed_input, macs
 from compress.models import copy_of
+from compress.norms import norms_behind
 from compress.weights import Weight, prunable, weights
 from search_spaces.arch import nearest
 from search_spaces.channels import Group, analyse
@@ -211,7 +211,7 @@ def _replaced(
 ) -> tuple[nn.Module, list[str]]:
     """Return a network with other modules for these layers, and the names of the weights to mask."""
     traces = trace(model, inputs)
-    norms = _norms(traces)
+    norms = norms_behind(traces)
     shortcuts = {str(node.target) for found in traces for node in _shortcuts(found)}
     new = copied(model)
     masked: list[str] = []
@@ -252,35 +252,6 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for owner in list(model.modules()):
         for name in [name for name, child in owner._modules.items() if child is old]:
             setattr(owner, name, new)
-
-
-def _norms(traces: Sequence[Trace]) -> dict[str, str]:
-    """Return every layer that is called as a module, and the batch norm that alone reads it, or ""."""
-    behind: dict[str, set[str]] = {}
-    before: dict[str, set[str]] = {}
-    functions: set[str] = set()
-    for found in traces:
-        for node in found.graph.nodes:
-            layer = found.layers.get(node)
-            if found.kinds[node] == "dense" and layer is not None and layer.is_function:
-                functions.add(layer.owner)
-            if node.op != "call_module":
-                continue
-            name = str(node.target)
-            if found.kinds[node] == "dense":
-                behind.setdefault(name, set()).update(_module_of(user) for user in node.users)
-            elif isinstance(found.model.get_submodule(name), _BatchNorm):
-                before.setdefault(name, set()).update(_module_of(source) for source in node.all_input_nodes)
-    pairs = {}
-    for name, readers in behind.items():
-        if name not in functions:
-            reader = next(iter(readers), "")
-            pairs[name] = reader if len(readers) == 1 and before.get(reader) == {name} else ""
-    return pairs
-
-
-def _module_of(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else f"{node.op} {node.name}"
 
 
 def _shortcuts(found: Trace) -> Iterator[fx.Node]:

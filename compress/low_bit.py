@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress.errors import CompressionError
 from search_spaces.arch import nearest
+from search_spaces.masks import own_class
 
 KINDS = {"shift": "compress.shift:ShiftGrid", "affine": "compress.quantization:AffineGrid"}
 """Where the frozen grid of each kind is."""
@@ -50,6 +52,14 @@ class LowBit(nn.Module):
     @abstractmethod
     def values(self, codes: Tensor) -> Tensor:
         """Return the weight that these codes, uint8, stand for, float32, of their shape: the inverse of `codes`."""
+
+    def table(self) -> Tensor | None:
+        """Return the value of every code, (2^bits,) float32, or None where a code has another value elsewhere."""
+        return None
+
+    def weight_shape(self, stored: Tensor) -> tuple[int, ...]:
+        """Return the shape of the weight that this step makes of the stored parameter."""
+        return tuple(stored.shape)
 
     def fields(self) -> dict[str, Any]:
         """Return what a file says of the grid beside its kind and bits: JSON."""
@@ -94,3 +104,23 @@ def low_bit_of(module: nn.Module, attribute: str) -> LowBit | None:
         return None
     steps = module.parametrizations[attribute]  # type: ignore[index]
     return next((step for step in steps if isinstance(step, LowBit)), None)
+
+
+def attach_low_bit(module: nn.Module, attribute: str, step: LowBit) -> None:
+    """Let a step give a module's parameter its values from now on; the Parameter stays the same one.
+
+    A mask over it stays in front. What the parameter then stores is the step's `right_inverse` of it, if there is one.
+    """
+    own_class(module)
+    parametrize.register_parametrization(module, attribute, step.train(module.training), unsafe=True)
+
+
+def freeze_low_bit(module: nn.Module, attribute: str) -> None:
+    """Store the values that a parameter's low-bit step gives now, not to be trained; the Parameter stays the same."""
+    steps: Any = module.parametrizations[attribute]  # type: ignore[index]
+    place, step = next((i, step) for i, step in enumerate(steps) if isinstance(step, LowBit))
+    with torch.no_grad():
+        values = getattr(module, attribute).detach().clone()
+    steps[place] = step.frozen()
+    steps.original.grad, steps.original.data = None, values
+    steps.original.requires_grad_(False)

@@ -12,6 +12,7 @@ from compress import scores
 from compress.counts import largest
 from compress.density import Densities, check_density, densities
 from compress.errors import CompressionError
+from compress.low_bit import freeze_low_bit
 from compress.models import copy_of
 from compress.weights import prunable, weights
 from search_spaces.arch import nearest
@@ -131,11 +132,15 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def finalize(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Return the model with ordinary weights in place of masked ones: zero where they were off, and free to change.
+    """Return the model with ordinary weights in place of masked ones and of those of few bits, free to change.
+
+    They have the same values: zero where a mask was off, and those of few bits exactly theirs. All of them are trained
+    from then on, those of a frozen grid too.
 
     Args:
-        model: any module; one without masks is only copied.
-        inplace: change the model itself. Its Parameter objects stay.
+        model: any module; one without masks and few-bit weights is only copied.
+        inplace: change the model itself. Its Parameter objects stay; those of `dense_shift` become smaller, so that an
+            optimizer which has state of them cannot go on.
 
     Raises:
         CompressionError: it is no module, or cannot be copied.
@@ -146,9 +151,13 @@ def finalize(model: nn.Module, inplace: bool = False) -> nn.Module:
         ('Linear', 20)
     """
     target = model if inplace else copy_of(model)
-    own = weights(target)
-    for name in masks(target):
-        detach(own[name].module, own[name].attribute)
+    for weight in weights(target).values():
+        if weight.low_bit is not None:
+            freeze_low_bit(weight.module, weight.attribute)
+            weight.parameter.requires_grad_(True)
+        elif weight.mask is None:
+            continue
+        detach(weight.module, weight.attribute)
     return target
 
 

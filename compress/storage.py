@@ -1,4 +1,4 @@
-"""Compressed models as files: a safetensors file that holds masks and kept values, read back by name.
+"""Compressed models as files: a safetensors file that holds masks, kept values and packed codes, read back by name.
 
 The file is a plain safetensors file. Its metadata has two entries. "compress" is JSON: the version of the format; under
 "tensors" how each parameter and buffer is written; and under "origin" the space and architecture, for a network of our
@@ -9,60 +9,61 @@ How a tensor `name` is written is one entry, `encoding`, with fields of its own:
 - "dense": the array `name` is the tensor.
 - "bitmask", "gaps": `name/values` are the kept values, and `name/mask` or `name/gaps` says where in a tensor of `shape`
   they are (`compress.encodings`). With `masked` they are kept by a mask, without it the other entries are just zero.
+- "codes": `name/codes` are codes packed to `bits` each (`compress.packing`), of a weight of `shape` whose values are on
+  a grid of this `kind` (`compress.low_bit`). What else there is to the grid is in `grid`, and in arrays such as
+  `name/scale`. Behind a mask, `kept` says which entries that keeps: "all"; "nonzero", those that are not zero; or
+  "bitmask" and "gaps", where there are codes of kept entries only.
 
 With `channels_last` a tensor lies in memory that way. The weight of a grouped convolution also has `groups`. A tensor
-that another entry has already is ``{"same": name}``.
+that another entry has already is ``{"same": name}``. Version 2 is version 1 and "codes"; a file without them is still
+of version 1.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
-from compress.encodings import ENCODINGS, smallest
+from compress.entries import decode, encode, whole
 from compress.errors import CompressionError
-from compress.filling import Slot, Stored, fill, slots_of
-from compress.models import copy_of
+from compress.filling import Stored, blank_copy, fill, slots_of
 from nasbench.errors import SettingError
 from nasbench.files import atomic_write
 from nasbench.origin import Origin, origin_of
-from search_spaces.arch import nearest
 
-VERSION = 1
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16 or float8
-_LARGEST = 2**31  # of an axis
+VERSION = 2
 _ZIP = b"PK\x03\x04"  # how the files of torch.save begin
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
-    """Write a model's parameters and buffers to a safetensors file, sparse ones without their zeros; return its path.
+    """Write a model's parameters and buffers to a safetensors file in the fewest bytes; return its path.
 
     Each tensor takes the fewest bytes of three ways: all its values; or its kept values and one bit for every entry; or
     its kept values and a byte for each of them. Kept are the entries that a mask keeps, or those that are not zero
-    where there is no mask (a dropped zero loses its sign). The kept values are bit for bit the model's. The file is
-    written whole or not at all.
+    where there is no mask (a dropped zero loses its sign). The kept values are bit for bit the model's. Of a weight of
+    b bits, as `dense_shift` and `quantize` make them, each value takes b bits: N of them are ceil(N * b / 8) bytes, and
+    the scales beside them. The file is written whole or not at all.
 
     Args:
-        model: any module. What a mask has dropped is not written, also where an optimizer has moved it. Of one that
-            torch.compile, DataParallel or DistributedDataParallel wraps, the network inside is written.
+        model: any module. What a mask has dropped is not written, also where an optimizer has moved it, and of a weight
+            of few bits only its values, not what trains them: it is stored as `compress.freeze` would leave it. Of a
+            model that torch.compile, DataParallel or DistributedDataParallel wraps, the network inside is written.
         path: the file, such as "model.safetensors".
 
     Raises:
         CompressionError: the model is no module, or has something that is no tensor with numbers: an extra state, a
-            lazy or meta tensor.
+            lazy or meta tensor; or a weight of few bits is not float32.
         OSError: the file cannot be written.
 
     Example:
@@ -81,11 +82,11 @@ def save(model: nn.Module, path: str | Path) -> Path:
     model = unwrapped(model)
     entries: dict[str, dict[str, Any]] = {}
     arrays: dict[str, Tensor] = {}
-    names: dict[tuple[int, int], str] = {}
+    names: dict[tuple[int, ...], str] = {}
     for name, slot in slots_of(model).items():
-        first = names.setdefault((id(slot.tensor), id(slot.mask)), name)
+        first = names.setdefault((id(slot.tensor), id(slot.mask), id(slot.low_bit)), name)
         if first == name:
-            entries[name], parts = _encode(name, slot)
+            entries[name], parts = encode(name, slot)
             if clash := arrays.keys() & parts.keys():
                 raise CompressionError(f"two tensors of the model would both be stored as {clash.pop()!r}; rename one.")
             arrays |= parts
@@ -93,25 +94,29 @@ def save(model: nn.Module, path: str | Path) -> Path:
             entries[name] = {"same": first}
         if slot.attribute == "weight" and (groups := getattr(slot.module, "groups", 1)) != 1:
             entries[name]["groups"] = groups
-    header: dict[str, Any] = {"version": VERSION, "tensors": entries}
+    coded = any(entry.get("encoding") == "codes" for entry in entries.values())
+    header: dict[str, Any] = {"version": VERSION if coded else 1, "tensors": entries}
     if (origin := origin_of(model)) is not None:
         header["origin"] = json.loads(origin.to_json())
     text = json.dumps(header)
     with atomic_write(path) as temporary:
         save_file(arrays, temporary, metadata={"compress": text, "sha256": _checksum(text, arrays)})
+        _sort_metadata(temporary)
     return Path(path)
 
 
 def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
     """Return a copy of `module` with the stored tensors in it, by name; masks are on it as they were when saved.
 
-    Convolutions, linear layers, norms, PReLU and embeddings that have other sizes in the file are given those.
+    Weights of few bits have their values, frozen: with ``requires_grad=False``, and saved in few bits again. To train
+    them as floats, `compress.finalize` the model. Convolutions, linear layers, norms, PReLU and embeddings that have
+    other sizes in the file are given those.
 
     Args:
         path: a file that `save` wrote.
-        module: the network that was saved, compressed or not; its own masks and values do not matter. A network of our
-            spaces needs none: the file names space and architecture. It is then returned in eval mode, on the CPU.
-            Of a wrapped one, as `save` takes it, the network inside is copied.
+        module: the network that was saved, compressed or not; its own masks, bits and values do not matter. A network
+            of our spaces needs none: the file names space and architecture. It is then returned in eval mode, on the
+            CPU. Of a wrapped one, as `save` takes it, the network inside is copied.
 
     Raises:
         CompressionError: the file cannot be read, is damaged, of another kind or a newer version, or does not fit the
@@ -133,9 +138,10 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
             "load(path, module) takes the file first, then the network, "
             f"got {type(path).__name__} and {type(module).__name__}."
         )
-    stored, origin = read(path)
+    contents = read(path)
+    stored, origin = contents.stored, contents.origin
     if module is not None:
-        twin = copy_of(unwrapped(module))
+        twin = blank_copy(unwrapped(module))
         fill(twin, stored, path)
         return twin
     if origin is None:
@@ -168,8 +174,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def read(path: str | Path) -> tuple[dict[str, Stored], Origin | None]:
-    """Return what is in a file that `save` wrote, by name, and which network of our spaces it is, if it is one.
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a file holds.
+
+    Attributes:
+        version: of the format.
+        stored: the tensors by name.
+        origin: the network of our spaces that it is, or None.
+    """
+
+    version: int
+    stored: Mapping[str, Stored]
+    origin: Origin | None
+
+
+def read(path: str | Path) -> Contents:
+    """Return what is in a file that `save` wrote. Its tensors may be the file's own memory: never change them.
 
     Raises:
         CompressionError: see `load`.
@@ -202,14 +223,11 @@ def read(path: str | Path) -> tuple[dict[str, Stored], Origin | None]:
     stored: dict[str, Stored] = {}
     for name, entry in header["tensors"].items():
         try:
-            groups = _whole(entry.get("groups", 1), 1)
+            groups = whole(entry.get("groups", 1), 1)
             if "same" in entry:
-                one = stored[entry["same"]]
-                stored[name] = Stored(one.tensor, one.mask, one.encoding, groups, one.root)
+                stored[name] = replace(stored[entry["same"]], groups=groups, bytes=0)
                 continue
-            tensor, mask = _decode(entry, name, parts.pop(name, {}))
-            tensor = _channels_last(tensor) if entry.get("channels_last") and tensor.ndim == 4 else tensor
-            stored[name] = Stored(tensor, mask, entry["encoding"], groups, name)
+            stored[name] = decode(entry, name, parts.pop(name, {}), groups)
         except (CompressionError, KeyError, TypeError, AttributeError) as error:
             what = error if isinstance(error, CompressionError) else f"its entry makes no sense ({error!r})"
             raise _damaged(path, f"{name!r}: {what}") from None
@@ -219,7 +237,7 @@ def read(path: str | Path) -> tuple[dict[str, Stored], Origin | None]:
         origin = Origin.from_json(json.dumps(header["origin"])) if "origin" in header else None
     except SettingError as error:
         raise CompressionError(f"the network that {path} names cannot be built: {error}") from None
-    return stored, origin
+    return Contents(header["version"], stored, origin)
 
 
 def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -236,7 +254,7 @@ def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             raise CompressionError(
                 f"{path} has format {version}, this version reads up to {VERSION}. Update nasbench-toolkit."
             )
-        if version != VERSION or not isinstance(header["tensors"], dict):
+        if version not in range(1, VERSION + 1) or not isinstance(header["tensors"], dict):
             raise _damaged(path, "its header makes no sense")
     except CompressionError:
         raise
@@ -249,6 +267,18 @@ def _damaged(path: str | Path, what: str) -> CompressionError:
     return CompressionError(f"{path} is damaged: {what}. Save the model again, or restore the file from a copy.")
 
 
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata, which safetensors writes in any order, in order: the same model gives the same file."""
+    with path.open("rb+") as file:
+        header = file.read(int.from_bytes(file.read(8), "little")).decode()
+        start = header.index("{", 1)
+        metadata, end = json.JSONDecoder().raw_decode(header, start)
+        ordered = json.dumps(metadata, sort_keys=True, separators=(",", ":")).encode()
+        assert len(ordered) == end - start
+        file.seek(8 + start)  # no text before it, and none in it, is other than ASCII
+        file.write(ordered)
+
+
 def _checksum(text: str, arrays: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(arrays):
@@ -256,74 +286,3 @@ def _checksum(text: str, arrays: Mapping[str, Tensor]) -> str:
         digest.update(f"\n{name} {array.dtype} {tuple(array.shape)}\n".encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _whole(value: Any, least: int) -> int:
-    if type(value) is not int or not least <= value < _LARGEST:
-        raise CompressionError(f"{value!r} is no size")
-    return value
-
-
-def _encode(name: str, slot: Slot) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if is_lazy(slot.tensor) or slot.tensor.is_meta or slot.tensor.layout != torch.strided:
-        raise CompressionError(f"{name!r} has no numbers to store (a meta, lazy or sparse tensor): give it some first.")
-    tensor = slot.tensor.detach()
-    entry: dict[str, Any] = {"masked": True} if slot.mask is not None else {}
-    if (
-        tensor.ndim == 4
-        and tensor.stride() == _channels_last(tensor.to("meta")).stride() != tensor.contiguous().stride()
-    ):
-        entry["channels_last"] = True  # on which the last bits of a convolution depend
-    tensor = tensor.cpu().clone(memory_format=torch.contiguous_format)
-    # Biases and statistics that happen to be zero are not worth the two lines in the header.
-    small = slot.mask is None and tensor.ndim < 2
-    if small or tensor.element_size() not in _BITS or tensor.dtype == torch.bool:
-        return entry | {"encoding": "dense"}, {name: tensor}
-    bits = tensor.view(_BITS[tensor.element_size()]).flatten()
-    if slot.mask is not None:
-        kept = slot.mask.cpu().flatten().numpy()
-    else:  # some kinds of float8 have another number in place of -0
-        kept = ((tensor.flatten() if tensor.element_size() > 1 else bits) != 0).numpy()
-    dense = slot.mask is None or bool(kept.all())
-    encoding, code = smallest(kept, tensor.element_size(), dense=dense)
-    entry["encoding"] = encoding
-    if code is None:
-        return entry, {name: tensor}
-    values = bits[torch.from_numpy(kept)].view(tensor.dtype)
-    part = ENCODINGS[encoding].part
-    parts = {f"{name}/values": values, f"{name}/{part}": torch.from_numpy(code)}
-    return entry | {"shape": list(tensor.shape)}, parts
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
-
-
-def _decode(entry: Mapping[str, Any], name: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Return the tensor and its mask; nothing is allocated before it is known that the parts are of its size."""
-    encoding = entry["encoding"]
-    masked = bool(entry.get("masked", False))
-    if encoding == "dense":
-        _expect(parts, name)
-        tensor = parts[name]
-        return tensor, torch.ones_like(tensor, dtype=torch.bool) if masked else None
-    if encoding not in ENCODINGS:
-        raise CompressionError(f"its encoding {encoding!r} is not known; {nearest(encoding, ['dense', *ENCODINGS])}")
-    way = ENCODINGS[encoding]
-    _expect(parts, f"{name}/values", f"{name}/{way.part}")
-    values, code = parts[f"{name}/values"], parts[f"{name}/{way.part}"]
-    shape = tuple(_whole(size, 0) for size in entry["shape"])
-    if values.ndim != 1 or values.element_size() not in _BITS or code.ndim != 1 or code.dtype != torch.uint8:
-        raise CompressionError("its arrays are of another kind")
-    kept = way.decode(code.numpy(), math.prod(shape))
-    if (count := int(np.count_nonzero(kept))) != values.numel():
-        raise CompressionError(f"{values.numel()} values for {count} kept entries")
-    mask = torch.from_numpy(kept)
-    bits = torch.zeros(kept.size, dtype=_BITS[values.element_size()])
-    bits[mask] = values.view(bits.dtype)
-    return bits.view(values.dtype).view(shape), mask.view(shape) if masked else None
-
-
-def _expect(parts: Mapping[str, Tensor], *names: str) -> None:
-    if parts.keys() != set(names):
-        raise CompressionError(f"it has the arrays {', '.join(sorted(parts)) or 'none'}, not {', '.join(names)}")

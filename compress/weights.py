@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from compress.errors import CompressionError
+from compress.low_bit import LowBit, low_bit_of
 from compress.models import require_module
 from search_spaces.arch import nearest
 from search_spaces.masks import mask_of
@@ -33,7 +35,7 @@ class Weight:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The stored parameter: what an optimizer moves, unmasked where there is a mask."""
+        """The stored parameter: what an optimizer moves, unmasked where there is a mask; of `DenseShift` latents."""
         if parametrize.is_parametrized(self.module, self.attribute):
             return self.module.parametrizations[self.attribute].original  # type: ignore[index, union-attr, no-any-return]
         return getattr(self.module, self.attribute)  # type: ignore[no-any-return]
@@ -44,12 +46,20 @@ class Weight:
         return mask_of(self.module, self.attribute)
 
     @property
+    def low_bit(self) -> LowBit | None:
+        """The step that gives it few values, or None."""
+        return low_bit_of(self.module, self.attribute)
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.parameter.shape)
+        """Of the weight that the layer computes with."""
+        step = self.low_bit
+        return tuple(self.parameter.shape) if step is None else step.weight_shape(self.parameter)
 
     @property
     def size(self) -> int:
-        return self.parameter.numel()
+        """How many weights there are."""
+        return math.prod(self.shape)
 
 
 def weights(model: nn.Module) -> dict[str, Weight]:
@@ -111,6 +121,8 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Weight]
             state, advice = "parametrized", "remove that first (torch.nn.utils.parametrize), or exclude it."
             if weight.mask is not None:
                 state, advice = "masked", "compress.finalize(model) makes masked weights ordinary ones."
+            if weight.low_bit is not None:
+                state, advice = "of few bits", "compress.finalize(model) makes such weights ordinary ones."
             raise CompressionError(f"{weight.name!r} is {state} already; {advice}")
         if not (names := holders.get(id(weight.parameter))):
             raise CompressionError(

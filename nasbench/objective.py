@@ -91,6 +91,8 @@ class Objective(ABC):
     """The metrics the search asked for."""
     trains: bool = False
     """Whether its trials take long and leave weights: such a study gets a folder."""
+    keeps: tuple[str, ...] = (WEIGHTS,)
+    """The files in a trial's folder that stay there while the trial is among the best."""
 
     @abstractmethod
     def __call__(self, arch: Arch, run: TrialRun) -> dict[str, float]:
@@ -99,6 +101,17 @@ class Objective(ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return JSON-able settings that a study is checked against when it is continued."""
+
+    def prepare(  # noqa: B027 - a hook
+        self, folder: Path | None, check: Callable[[], None] = lambda: None, progress: bool = True
+    ) -> None:
+        """Do what all trials need, before the first that this call evaluates; an error ends the search.
+
+        Args:
+            folder: the study's.
+            check: to be called now and then; it may raise to stop.
+            progress: show bars.
+        """
 
     def want(self, names: Sequence[str]) -> None:
         """Say which metrics the search needs, before the first trial; others need not be measured."""
@@ -272,6 +285,21 @@ class TrainObjective(Objective):
         done = run.folder / f"run-{seed}.json" if run.folder and len(self.seeds) > 1 else None
         if done and done.exists():
             return {str(k): float(v) for k, v in json.loads(done.read_text()).items()}
+        model, seconds = self.trained(arch, seed, run)
+        metrics = training.validate(model, self.data)
+        if self.test:
+            metrics |= training.evaluate(model, self.data)
+        main = not dist.is_initialized() or dist.get_rank() == 0
+        if run.folder and main:
+            if seed == self.seeds[0]:
+                save_weights(model, run.folder / WEIGHTS)
+            if done:
+                with atomic_write(done) as temporary:
+                    temporary.write_text(json.dumps(metrics | {"seconds": seconds}))
+        return metrics | {"seconds": seconds}
+
+    def trained(self, arch: Arch, seed: int, run: TrialRun) -> tuple[torch.nn.Module, float]:
+        """Return the trained network and the seconds that took; goes on from a checkpoint in the trial's folder."""
         model = self._network(arch, seed, run.parent)
         watch = _Watch(run, self.data, f"seed {seed}, " if len(self.seeds) > 1 else "")
         checkpoint = run.folder / f"checkpoint-{seed}.pt" if run.folder else None
@@ -286,17 +314,7 @@ class TrainObjective(Objective):
             checkpoint_every=self.checkpoint_every,
             progress=False,
         )
-        metrics = training.validate(model, self.data)
-        if self.test:
-            metrics |= training.evaluate(model, self.data)
-        main = not dist.is_initialized() or dist.get_rank() == 0
-        if run.folder and main:
-            if seed == self.seeds[0]:
-                save_weights(model, run.folder / WEIGHTS)
-            if done:
-                with atomic_write(done) as temporary:
-                    temporary.write_text(json.dumps(metrics | {"seconds": watch.seconds}))
-        return metrics | {"seconds": watch.seconds}
+        return model, watch.seconds
 
 
 def check_kind(space: SearchSpace, data: Data) -> None:

@@ -17,7 +17,7 @@ from nasbench.errors import SettingError, StudyError, WeightsError
 from nasbench.files import atomic_write
 from nasbench.objective import DIRECTIONS, WEIGHTS
 from nasbench.origin import mark
-from nasbench.pareto import front
+from nasbench.pareto import front, hypervolume
 from nasbench.strategies.base import arch_of, proposal_of
 from search_spaces.base import Arch, SearchSpace, nearest
 
@@ -86,8 +86,8 @@ class Trial:
             raise WeightsError(
                 f"trial {self.number} was not trained here, its metrics were looked up or computed. {advice}"
             )
-        number = self.number if self.copied_from is None else self.copied_from
-        path = self.folder / "trials" / str(number) / WEIGHTS
+        path = self.file(WEIGHTS)
+        assert path is not None
         if not path.exists():
             raise WeightsError(
                 f"trial {self.number} has no weights at {path}: only the best trials keep theirs, on the host that "
@@ -106,6 +106,15 @@ class Trial:
         except Exception as error:
             raise WeightsError(f"the weights at {path} do not fit the network: {error}. {advice}") from error
         return model.eval()
+
+    def file(self, name: str) -> Path | None:
+        """Return where a file that the objective keeps of this trial lies, such as "weights.safetensors".
+
+        Only the best trials keep theirs. None: the study has no folder.
+        """
+        if self.folder is None:
+            return None
+        return self.folder / "trials" / str(self.number if self.copied_from is None else self.copied_from) / name
 
     def draw(self) -> Figure:
         """Draw the architecture as a graph; return the figure."""
@@ -190,6 +199,62 @@ class SearchResult:
         trials = [t for t in trials if all(name in t.metrics for name in names)]
         scores = [[s * t.metrics[n] for s, n in zip(signs, names, strict=True)] for t in trials]
         return [trials[i] for i in front(scores)]
+
+    def hypervolume(self, reference: Mapping[str, float]) -> float:
+        """Return the volume that the complete trials dominate, down to a reference: how good a front is, in one number.
+
+        Fix the reference before you search, and compare only volumes with the same: it decides how much each objective
+        counts, so one that is chosen afterwards can make any of two fronts win. Volumes have the product of the
+        objectives' units.
+
+        Args:
+            reference: for every objective the worst value of use: {"val_accuracy": 0.5, "bytes": 1e6}. A trial that is
+                not better everywhere adds nothing.
+
+        Raises:
+            SettingError: an objective has no reference, the reference names another metric, or a number is not finite.
+
+        Example:
+            >>> import nasbench as nb
+            >>> from search_spaces import ResNet
+            >>> def measure(arch):
+            ...     return {"score": sum(arch.values()), "cost": arch["width0"]}
+            >>> better = {"score": "maximize", "cost": "minimize"}
+            >>> result = nb.search(ResNet(widths=(4, 8)), measure, objectives=better, strategy="random", trials=9,
+            ...                    progress=False)
+            >>> result.hypervolume({"score": 10, "cost": 16}) == result.hypervolumes({"score": 10, "cost": 16})[-1]
+            True
+        """
+        signs, point = self._reference(reference)
+        return hypervolume([self._scores(trial, signs) for trial in self.complete], point)
+
+    def hypervolumes(self, reference: Mapping[str, float]) -> list[float]:
+        """Return `hypervolume` as it was after each complete trial, in order of completion: it never falls."""
+        signs, point = self._reference(reference)
+        scores: list[list[float]] = []
+        volumes: list[float] = []
+        for trial in self.complete:
+            scores.append(self._scores(trial, signs))
+            kept = front(scores)
+            scores = [scores[i] for i in kept]
+            volumes.append(hypervolume(scores, point))
+        return volumes
+
+    def _reference(self, reference: Mapping[str, float]) -> tuple[dict[str, float], list[float]]:
+        """Return the sign of every objective, and the reference as scores of which higher is better."""
+        if lacking := [name for name in self.objectives if name not in reference]:
+            raise SettingError(
+                f"the reference has no {lacking[0]!r}: give the worst value of use for each of "
+                f"{', '.join(self.objectives)}."
+            )
+        if unknown := [name for name in reference if name not in self.objectives]:
+            raise SettingError(f"the reference names {unknown[0]!r}; {nearest(unknown[0], self.objectives)}")
+        signs = {name: self.sign(name) for name in self.objectives}
+        return signs, [sign * reference[name] for name, sign in signs.items()]
+
+    @staticmethod
+    def _scores(trial: Trial, signs: Mapping[str, float]) -> list[float]:
+        return [sign * trial.metrics[name] for name, sign in signs.items()]
 
     def sign(self, name: str) -> float:
         """Return 1.0 if more of a metric is better, -1.0 if less is.

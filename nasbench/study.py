@@ -195,7 +195,7 @@ def search(
     )
     try:
         with quiet():
-            if isinstance(objective, SupernetObjective) and worker.unfinished():
+            if worker.unfinished():
                 objective.prepare(home, _alarm(deadline), progress)
             worker.work()
     except Paused:
@@ -329,10 +329,10 @@ def _objective(
     space: SearchSpace, data: Any, recipe: Recipe | None, changes: Mapping[str, Any], seed: int, device: str
 ) -> tuple[SearchSpace, Objective]:
     _check_space(space, recipe)
-    if hasattr(space, "objective"):
-        return space, space.objective(data, recipe=recipe, seed=seed, device=device, **changes)
     if isinstance(data, Data):
         space = space.bind(data)
+        if hasattr(space, "objective"):
+            return space, space.objective(data, recipe=recipe, seed=seed, device=device, **changes)
         if getattr(space, "ops", "dense") != "dense":
             raise SettingError(
                 f"{space!r} has sparse operations, which this strategy would train densely. Use "

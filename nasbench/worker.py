@@ -334,7 +334,7 @@ class Worker:
             folder = self.folder / "trials" / str(number)
             if number in keep:
                 for path in folder.iterdir():
-                    if path.name != WEIGHTS:
+                    if path.name not in self.objective.keeps:
                         path.unlink()
             else:
                 shutil.rmtree(folder, ignore_errors=True)

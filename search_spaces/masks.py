@@ -141,7 +141,7 @@ def attach(module: nn.Module, name: str, mask: Tensor) -> None:
     if parametrize.is_parametrized(module, name):
         raise ValueError(f"{name!r} is parametrized already; remove that first (torch.nn.utils.parametrize)")
     first = not _has_masks(module)
-    _own_class(module)
+    own_class(module)
     own = torch.empty_like(parameter, dtype=torch.bool, requires_grad=False).copy_(mask)  # device, memory format
     with torch.no_grad():
         parameter.mul_(own)
@@ -153,7 +153,7 @@ def attach(module: nn.Module, name: str, mask: Tensor) -> None:
 def detach(module: nn.Module, name: str) -> None:
     """Make the masked weight an ordinary parameter again, its masked entries zero; the Parameter stays the same one."""
     masked = getattr(module, name).detach()
-    _own_class(module)
+    own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     with torch.no_grad():
         getattr(module, name).copy_(masked)
@@ -175,7 +175,7 @@ def _has_masks(module: nn.Module) -> bool:
     return any(mask_of(module, name) is not None for name in getattr(module, "parametrizations", ()))
 
 
-def _own_class(module: nn.Module) -> None:
+def own_class(module: nn.Module) -> None:
     """Give a parametrized module a class of its own.
 
     Torch keeps the parametrized names as properties of a class, which deep copies share: what it adds to or removes

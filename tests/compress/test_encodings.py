@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -54,14 +56,15 @@ def test_bits_of_another_size_are_refused(size: int) -> None:
         unpack_bits(code, 15)
 
 
-@pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
-@pytest.mark.parametrize("density", [0.0, 0.002, 0.05, 0.12, 0.13, 0.5, 0.9, 0.99, 1.0])
-def test_the_smallest_is_chosen(itemsize: int, density: float) -> None:
-    kept = np.random.default_rng(1).random(4000) < density
-    values = int(kept.sum()) * itemsize
+@pytest.mark.parametrize("bits", [2, 3, 8, 16, 32, 64])
+@pytest.mark.parametrize("density", [0.0, 0.002, 0.05, 0.12, 0.13, 0.5, 0.7, 0.9, 0.99, 1.0])
+def test_the_smallest_is_chosen(bits: int, density: float) -> None:
+    kept = np.random.default_rng(1).random(4001) < density
+    values = math.ceil(int(kept.sum()) * bits / 8)
     sizes = {name: values + way.encode(kept).size for name, way in ENCODINGS.items()}
-    name, code = smallest(kept, itemsize, dense=False)
+    name, code = smallest(kept, bits, dense=False)
     assert code is not None
     assert values + code.size == sizes[name] == min(sizes.values())
-    name, code = smallest(kept, itemsize, dense=True)
-    assert (values + code.size if code is not None else 4000 * itemsize) == min(*sizes.values(), 4000 * itemsize)
+    name, code = smallest(kept, bits, dense=True)
+    whole = math.ceil(4001 * bits / 8)
+    assert (values + code.size if code is not None else whole) == min(*sizes.values(), whole)

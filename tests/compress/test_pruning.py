@@ -21,7 +21,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from compress.density import densities
 from compress.errors import CompressionError
+from compress.low_bit import LowBit, attach_low_bit
+from compress.low_bit_models import freeze
 from compress.pruning import METHODS, finalize, masks, prune
+from compress.shift import ShiftGrid
 from compress.weights import weights
 
 ROOT = Path(__file__).parents[2]
@@ -414,6 +417,52 @@ def test_a_model_without_masks_is_only_copied_by_finalize() -> None:
     plain = finalize(net)
     assert plain is not net and plain.head.weight is not net.head.weight
     assert torch.equal(plain.head.weight, net.head.weight)  # type: ignore[arg-type]
+
+
+class Rounded(LowBit):
+    """A trainable step that rounds to whole multiples of a quarter."""
+
+    kind = "affine"
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + ((4 * weight).round() / 4 - weight).detach()
+
+    def codes(self, weight: Tensor) -> Tensor:
+        return (4 * weight + 8).to(torch.uint8)
+
+    def values(self, codes: Tensor) -> Tensor:
+        return codes.float() / 4 - 2
+
+    @classmethod
+    def restore(cls, bits: int, *_: Any) -> Rounded:
+        return cls(bits)
+
+    def frozen(self) -> LowBit:
+        return ShiftGrid(self.bits)  # any frozen grid is the identity
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_finalize_makes_masked_weights_of_few_bits_plain(frozen: bool) -> None:
+    net = Net()
+    model = prune(net, 0.5)
+    for name in ("conv.0", "head"):
+        attach_low_bit(model.get_submodule(name), "weight", Rounded(4))
+    model = freeze(model) if frozen else model
+    before = {name: mask.clone() for name, mask in masks(model).items()}
+    check_masks_hold(model, before, stored=frozen)
+    stored = model.get_submodule("head").parametrizations["weight"].original  # type: ignore[union-attr, index]
+    assert stored.requires_grad != frozen
+    x, _ = batch()
+    wanted = model.eval()(x)
+    plain = finalize(model)
+    assert torch.equal(plain.eval()(x), wanted) and torch.equal(model(x), wanted)
+    for name, module in plain.named_modules():
+        assert type(module) is type(net.get_submodule(name)) and not module._load_state_dict_pre_hooks
+    for name in ("conv.0", "head"):
+        weight = weights(plain)[name].parameter
+        assert weight.requires_grad and not weight[~before[name]].any()
+        assert torch.equal((4 * weight).round() / 4, weight) and weight.any()
+    assert masks(model).keys() == before.keys(), "the model stays as it was"
 
 
 def test_everything_is_kept_at_density_1() -> None:

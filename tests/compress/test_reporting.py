@@ -68,11 +68,11 @@ def test_it_prints_as_a_table_and_gives_its_numbers() -> None:
     result = report(prune(net(), 0.1), example=X, baseline=net(), min_seconds=QUICK)
     lines = str(result).splitlines()
     assert lines[0].split() == ["model", "baseline", "ratio"]
-    assert [line.split()[0] for line in lines[1:9]] == [
-        *("params", "weights", "nonzeros", "bytes", "macs", "kept_macs", "density", "latency")
+    assert [line.split()[0] for line in lines[1:10]] == [
+        *("params", "weights", "nonzeros", "bytes", "macs", "kept_macs", "density", "bits_per_weight", "latency")
     ]
     assert lines[2].split() == ["weights", "1,184", "1,184", "1.0000"]
-    assert len({len(line) for line in lines[:9]}) == 1
+    assert len({len(line) for line in lines[:10]}) == 1
     assert lines[-1] == MASKS_ONLY
     assert "latency: dense kernels, batch 4, cpu" in str(result)
     numbers = result.to_dict()
@@ -92,7 +92,7 @@ def test_without_an_example_only_sizes_are_reported() -> None:
     assert result.nonzeros == 118
     assert result.macs is result.latency is result.max_difference is None
     assert [line.split()[0] for line in str(result).splitlines()[1:]] == [
-        *("params", "weights", "nonzeros", "bytes", "density", "masks")
+        *("params", "weights", "nonzeros", "bytes", "density", "bits_per_weight", "masks")
     ]
     assert "latency_ms" not in result.to_dict()
     assert "baseline_macs" not in result.to_dict()

@@ -101,7 +101,8 @@ def test_a_resnet_at_five_percent_has_a_sixteenth_of_its_bytes() -> None:
 def test_each_weight_takes_its_smallest_encoding() -> None:
     model = prune(net(), {"0": 1.0, "3": 0.4, "6": 0.05})
     save(model, FILE)
-    stored, origin = read(FILE)
+    contents = read(FILE)
+    stored, origin = contents.stored, contents.origin
     assert origin is None
     assert {name: stored[f"{name}.weight"].encoding for name in ("0", "1", "3", "6")} == {
         "0": "dense",
@@ -407,7 +408,7 @@ def test_swapped_arguments_are_named() -> None:
 def test_wrapped_models_are_stored_by_their_own_names(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = prune(mark(SPACE.build(ARCH), SPACE, ARCH), 0.2).eval()
     save(wrap(model), FILE)
-    assert read(FILE)[0].keys() == slots_of(model).keys()
+    assert read(FILE).stored.keys() == slots_of(model).keys()
     assert equal(load(FILE), model)  # it still names its network
     assert equal(load(FILE, wrap(SPACE.build(ARCH))), model)
 
@@ -465,7 +466,7 @@ def without(name: str) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
 
 
 TAMPERED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] = {
-    "newer": (lambda header, _: header.update(version=2), "has format 2, this version reads up to 1. Update"),
+    "newer": (lambda header, _: header.update(version=3), "has format 3, this version reads up to 2. Update"),
     "older": (lambda header, _: header.update(version=0), "its header makes no sense"),
     "text": (lambda header, _: header.update(version="2"), "its header makes no sense"),
     "no tensors": (lambda header, _: header.pop("tensors"), "its header makes no sense"),

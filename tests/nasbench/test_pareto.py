@@ -1,13 +1,15 @@
-"""Dominance is a strict order, and the front is what it leaves standing."""
+"""Dominance is a strict order, the front is what it leaves standing, and the hypervolume measures it."""
 
 from __future__ import annotations
 
 from itertools import permutations, product
 from random import Random
+from typing import Any
 
 import pytest
 
-from nasbench.pareto import dominates, front
+from nasbench.errors import SettingError
+from nasbench.pareto import dominates, front, hypervolume
 
 PAIRS = list(product(range(3), repeat=2))
 
@@ -70,3 +72,43 @@ def test_front_holds_the_same_scores_whatever_their_order() -> None:
 def test_front_of_nothing_is_empty() -> None:
     assert front([]) == []
     assert front([[0.0, 0.0]]) == [0]
+
+
+def test_the_hypervolume_of_the_digest() -> None:
+    # To be small, below (4, 4): rows of widths 3, 2 and 1.
+    assert hypervolume([(-1, -3), (-2, -2), (-3, -1)], (-4, -4)) == 6
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3, 4])
+def test_the_hypervolume_is_the_number_of_dominated_unit_cubes(objectives: int) -> None:
+    rng = Random(objectives)
+    for _ in range(20):
+        points = [tuple(rng.randrange(-1, 5) for _ in range(objectives)) for _ in range(rng.randrange(8))]
+        cubes = sum(
+            any(all(x > c for x, c in zip(point, corner, strict=True)) for point in points)
+            for corner in product(range(5), repeat=objectives)
+        )
+        assert hypervolume(points, [0] * objectives) == cubes
+        shifted = [[x + 2 for x in point] for point in points]
+        assert hypervolume(shifted, [2] * objectives) == cubes
+
+
+def test_points_that_add_nothing_to_a_hypervolume() -> None:
+    assert hypervolume([], (0, 0)) == 0
+    assert hypervolume([(0, 5), (5, 0), (-1, 9)], (0, 0)) == 0  # not better than the reference everywhere
+    assert hypervolume([(2, 2), (2, 2), (1, 2)], (0, 0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("points", "reference", "words"),
+    [
+        ([(1, float("nan"))], (0, 0), "finite scores"),
+        ([(1, float("inf"))], (0, 0), "finite scores"),
+        ([(1, 2, 3)], (0, 0), "2 finite scores"),
+        ([(1, 2)], (0, float("nan")), "reference of a hypervolume"),
+        ([], (), "reference of a hypervolume"),
+    ],
+)
+def test_a_hypervolume_is_of_finite_scores(points: Any, reference: Any, words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        hypervolume(points, reference)

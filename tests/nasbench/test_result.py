@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,6 +106,30 @@ def test_questions_without_an_answer() -> None:
         SettingError, match=r"is more 'score' better\? Only objectives and val_accuracy, .* known direct"
     ):
         result(odd).pareto("score")
+
+
+def test_the_hypervolume_is_of_the_objectives_with_their_directions() -> None:
+    better = {"val_accuracy": "maximize", "params": "minimize"}
+    trials = trial(0, 0.5, 100), trial(1, 0.75, 200), trial(2, None, state="failed"), trial(3, 0.25, 300)
+    found = result(*trials, **better)
+    reference = {"val_accuracy": 0.25, "params": 300}
+    assert found.hypervolume(reference) == 0.25 * 200 + 0.25 * 100  # two steps; trial 3 is no better anywhere
+    assert found.hypervolumes(reference) == [50, 75, 75]
+    assert result(**better).hypervolume(reference) == 0
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ({"val_accuracy": 0.5}, "no 'params'"),
+        ({"val_accuracy": 0.5, "params": 9, "macs": 1}, "names 'macs'"),
+        ({"val_accuracy": 0.5, "params": math.inf}, "finite"),
+    ],
+)
+def test_a_reference_is_a_finite_number_for_each_objective(reference: dict[str, float], words: str) -> None:
+    found = result(trial(0), val_accuracy="maximize", params="minimize")
+    with pytest.raises(SettingError, match=words):
+        found.hypervolume(reference)
 
 
 def test_repr_counts_and_names_the_best() -> None:
