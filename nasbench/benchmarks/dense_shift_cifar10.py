@@ -3,10 +3,11 @@
     python -m nasbench.benchmarks.dense_shift_cifar10 cifar10.npz [--seeds 3]
 
 `cifar10.npz` holds x_train, y_train, x_test, y_test. The network is a ResNet of three blocks. From scratch, all
-variants train in the same way for as many epochs. Transferred ones start from a float network trained for that
-long, whose weights are converted and trained as long again; float networks are trained on as long, too. The baseline is one float
-weight that is rounded to the nearest power of two, with gradients passed straight through. The plot shows which share
-of the weights changed code, and sign, during each epoch. Two processes run at a time, on one thread each.
+variants train in the same way for as many epochs, DenseShift from both of its random starts. Transferred ones start
+from a float network trained for that long, whose weights are converted and trained as long again; float networks are
+trained on as long, too. The baseline is one float weight that is rounded to the nearest power of two, with gradients
+passed straight through. The plot shows which share of the weights changed code, and sign, during each epoch. Two
+processes run at a time, on one thread each.
 """
 
 from __future__ import annotations
@@ -24,23 +25,24 @@ from nasbench.benchmarks import small_runs
 from nasbench.style import MUTED, SERIES, look, new_figure, save_figure
 
 BITS = (2, 3, 4)
+LINES = (("shift, low_variance", "-", "DenseShift"), ("rounded, scratch", (0, (3, 2)), "rounded"))
 
 
 def main() -> None:
     """Train every variant with every seed, record and plot."""
-    parser = small_runs.arguments(__doc__, images=4000, epochs=10)
-    parser.add_argument("--width", type=int, default=16, help="of the first block")
+    parser = small_runs.arguments(__doc__, images=2000, epochs=8)
+    parser.add_argument("--width", type=int, default=8, help="of the first block")
     options = parser.parse_args()
     if small_runs.did_child(options, train):
         return
     names = ["float:scratch:0", "float:transfer:0"]
-    names += [f"shift:{start}:{bits}" for start in ("scratch", "transfer") for bits in BITS]
+    names += [f"shift:{start}:{bits}" for start in ("scratch", "low_variance", "transfer") for bits in BITS]
     names += [f"rounded:scratch:{bits}" for bits in BITS]
     runs = small_runs.run_all(__file__, names, options.seeds)
     figures: dict[str, Any] = {}
     for name in names:
         kind, start, bits = name.split(":")
-        against = None if kind == "float" else runs[f"float:{start}:0"]
+        against = None if kind == "float" else runs[f"float:{'transfer' if start == 'transfer' else 'scratch'}:0"]
         title = f"{kind}, {start}" + (f", {bits} bits" if kind != "float" else "")
         figures[title] = small_runs.summary(runs[name], against)
     small_runs.record_runs(__file__, figures, options)
@@ -57,7 +59,8 @@ def train(options: Any, name: str, seed: int) -> dict[str, Any]:
     if kind == "float":
         return small_runs.train(model, data, seed + 100, options)
     if kind == "shift":
-        model = compress.dense_shift(model, int(bits), init="scratch" if start == "scratch" else "convert", seed=seed)
+        init = "convert" if start == "transfer" else start
+        model = compress.dense_shift(model, int(bits), init=init, seed=seed)
     else:
         round_weights(model, int(bits))
     watch = Watch()
@@ -123,8 +126,8 @@ def plot(figures: dict[str, Any]) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, key, title in ((left, "codes_changed", "codes"), (right, "signs_changed", "signs")):
         for bits, colour in zip(BITS, SERIES, strict=False):
-            for kind, style, label in (("shift", "-", "DenseShift"), ("rounded", (0, (3, 2)), "rounded")):
-                runs = figures[f"{kind}, scratch, {bits} bits"]["runs"]
+            for kind, style, label in LINES:
+                runs = figures[f"{kind}, {bits} bits"]["runs"]
                 curve = [sum(values) / len(runs) for values in zip(*(run[key] for run in runs), strict=True)]
                 epochs = range(1, len(curve) + 1)
                 axes.plot(epochs, curve, color=colour, ls=style, label=f"{label}, {bits} bits")

@@ -114,7 +114,9 @@ def run(options: Any, kind: str, seed: int) -> dict[str, Any]:
                 )
             else:
                 half = options.trials // 2
-                first = nb.search(space, data, "evolution", trials=half, population=half // 2, **recipe, **common)
+                first = nb.search(
+                    space, data, "evolution", trials=half, population=half // 2, sample=2, **recipe, **common
+                )
                 bits = compress.PolicySpace(first.best.build(), bits=(4, 8, 32))
                 result = nb.search(bits, data, "linas", trials=options.trials - half, **linas, **common)
         points = [measured(trial.metrics) for trial in result.complete]
