@@ -1,6 +1,6 @@
 """Searching architecture and bits at once, against the best architecture compressed afterwards, and random draws.
 
-    python -m nasbench.benchmarks.joint_search [cifar10.npz] [--seeds 3] [--trials 24]
+    python -m nasbench.benchmarks.joint_search [cifar10.npz] [--seeds 3] [--trials 16]
 
 `cifar10.npz` holds x_train, y_train, x_test, y_test; without it, scanned digits alone are searched. Depths and widths
 of a ResNet and the bits of its parts are one space. Every way evaluates equally many candidates:
@@ -48,9 +48,9 @@ def main() -> None:
     """Search in all ways with every seed, record and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", help="cifar10.npz")
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--population", type=int, default=8, help="of LINAS")
+    parser.add_argument("--images", type=int, default=1500)
+    parser.add_argument("--trials", type=int, default=16)
+    parser.add_argument("--population", type=int, default=5, help="of LINAS")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

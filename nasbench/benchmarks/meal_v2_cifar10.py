@@ -32,9 +32,9 @@ KEPT = (10, 5, 2)  # classes in a cached label
 
 def main() -> None:
     """Train every seed, and record."""
-    parser = small_runs.arguments(__doc__, images=4000, epochs=10)
-    parser.add_argument("--width", type=int, default=32, help="of the teachers' first block")
-    parser.add_argument("--more", type=int, default=10, help="epochs that students are trained on for")
+    parser = small_runs.arguments(__doc__, images=2000, epochs=8)
+    parser.add_argument("--width", type=int, default=16, help="of the teachers' first block")
+    parser.add_argument("--more", type=int, default=8, help="epochs that students are trained on for")
     options = parser.parse_args()
     if small_runs.did_child(options, run):
         return

@@ -30,10 +30,10 @@ OBJECTIVES = ("val_accuracy", "bytes", "latency_ms")
 
 def main() -> None:
     """Search with every strategy and seed, record and plot."""
-    parser = small_runs.arguments(__doc__, images=5000, epochs=12)
+    parser = small_runs.arguments(__doc__, images=3000, epochs=8)
     parser.add_argument("--width", type=int, default=16, help="of the first block")
-    parser.add_argument("--measurements", type=int, default=80, help="policies that a strategy may measure")
-    parser.add_argument("--population", type=int, default=20)
+    parser.add_argument("--measurements", type=int, default=60, help="policies that a strategy may measure")
+    parser.add_argument("--population", type=int, default=15)
     options = parser.parse_args()
     if small_runs.did_child(options, run):
         return
