@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from compress.reporting import Report, report
     from compress.sensitivity import LayerSensitivity, Sensitivities, assign_bits, sensitivities
     from compress.shift import dense_shift
+    from compress.stages import Stage
     from compress.storage import load, save
     from compress.structured import ChannelPlan, channel_plan
 
@@ -55,6 +56,7 @@ _WHERE = {
     "reporting": ["Report", "report"],
     "sensitivity": ["LayerSensitivity", "Sensitivities", "assign_bits", "sensitivities"],
     "shift": ["dense_shift"],
+    "stages": ["Stage"],
     "storage": ["load", "save"],
     "structured": ["ChannelPlan", "channel_plan"],
 }
@@ -78,6 +80,7 @@ __all__ = [
     "Report",
     "Sensitivities",
     "SoftLabels",
+    "Stage",
     "apply_policy",
     "assign_bits",
     "bits",

@@ -63,15 +63,42 @@ def test_a_network_is_made_small(tmp_path: Path) -> None:
     assert (tmp_path / "sparse.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_few_bits_int8_and_teachers(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    import compress
+    import nasbench as nb
+
+    small = nb.data.load("digits", train_images=400)
+    space = NASBench201(channels=4, cells=1).bind(small)
+    model = nb.fit(space.build(space.at(7812)), small, epochs=1, progress=False)
+    x, _ = next(small.eval_batches("train", batch_size=8))
+    known = {"data": small, "model": model, "x": x, "compress": compress}
+    scope = run(BLOCKS[4], known, epochs="1", trials="2")
+    assert (tmp_path / "model.onnx").exists()
+    assert len(scope["result"].trials) == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_architecture_and_bits_are_searched_at_once() -> None:
+    pytest.importorskip("onnxruntime")
+    import compress
+    import nasbench as nb
+
+    small = nb.data.load("digits", train_images=200)
+    scope = run(BLOCKS[5], {"data": small, "compress": compress}, epochs="1", trials="2")
+    assert len(scope["result"].trials) == 2  # type: ignore[attr-defined]
+
+
 def test_the_comparison_runs(tmp_path: Path) -> None:
-    run(BLOCKS[4], trials="12", seeds="2")
+    run(BLOCKS[6], trials="12", seeds="2")
     assert (tmp_path / "comparison.png").exists()
 
 
 def test_the_space_and_the_strategy_work_together() -> None:
     import nasbench as nb
 
-    scope = run(BLOCKS[5] + BLOCKS[6])
+    scope = run(BLOCKS[7] + BLOCKS[8])
     data = nb.data.load("digits", train_images=100)
     space = scope["Chain"]().bind(data)  # type: ignore[operator]
     assert space.sample(Random(0)) in space

@@ -53,7 +53,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         labels = compress.soft_labels(
-            teachers, data, Path(folder) / "labels.safetensors", batch_size=options.batch, progress=False
+            teachers, data, Path(folder) / "labels.safetensors", epochs=1, batch_size=options.batch, progress=False
         )
         runs: dict[str, Callable[[], object]] = {
             "plain": lambda: nb.fit(small_runs.resnet8(options.width, data, 0), data, **plain),
