@@ -60,8 +60,9 @@ def batches_of(calibration: Calibration) -> list[tuple[Tensor, ...]]:
 
 def _iterated(calibration: Calibration) -> Iterable[Any]:
     if isinstance(calibration, Data):
+        inputs: Tensor
         inputs, _ = next(calibration.to("cpu").train_batches(IMAGES, seed=0, epoch=0, augment=False))
-        return inputs.split(_BATCH)
+        return list(inputs.split(_BATCH))
     if isinstance(calibration, Tensor):
         return [calibration]
     if isinstance(calibration, str | Mapping) or not isinstance(calibration, Iterable):
@@ -77,8 +78,8 @@ def _inputs(batch: Any) -> tuple[Tensor, ...]:
     inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     if not inputs or not all(isinstance(x, Tensor) and x.ndim > 0 and len(x) == len(inputs[0]) for x in inputs):
         raise CompressionError(
-            "a batch of a calibration is a tensor (N, ...), or a pair of that and labels, or of a tuple of several such "
-            f"inputs and labels; got {type(batch).__name__}."
+            "a batch of a calibration is a tensor (N, ...), or a pair of that and labels, or a pair of several such "
+            f"inputs, as a tuple, and labels; got {type(batch).__name__}."
         )
     return tuple(x.detach().to("cpu") for x in inputs)
 

@@ -27,7 +27,7 @@ _COLUMNS = {  # heading: number, how it is written
     "difference": ("max_difference", ".3g"),
     "val_accuracy": ("val_accuracy", ".4f"),
 }
-_PLACES = [(6, 0), (-6, 0), (0, 8), (0, -8), (6, 10), (6, -10), (-6, 10), (-6, -10), (6, 20), (6, -20)]
+_PLACES = [(0, 8), (0, -8), (6, 8), (-6, 8), (6, -8), (-6, -8), (6, 0), (-6, 0), (0, 18), (0, -18)]
 """Where a label may be, in points from its own: the first that is free."""
 
 
@@ -56,7 +56,7 @@ class Comparison:
         if "difference" in shown:
             lines.append("difference: the largest of an output from the baseline's")
         lines += dict.fromkeys(
-            f"{found.runtime}: {conditions(found.latency)}" for found in self.reports.values() if found.latency
+            conditions(found.latency, found.runtime) for found in self.reports.values() if found.latency
         )
         notes: dict[str, list[str]] = {}
         for name, found in self.reports.items():

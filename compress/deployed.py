@@ -1,8 +1,8 @@
 """Networks as they are shipped: one ONNX file that onnxruntime runs, called like the model.
 
-The file is an ordinary ONNX file. Its metadata has two entries. "compress" is JSON: the version of the format, the option
-of every layer, and which layers stayed float and why. The last bytes of the file are the other, "sha256": the checksum of
-all bytes before. Nothing is pickled.
+The file is an ordinary ONNX file. Its metadata has two entries. "compress" is JSON: the version of the format, the
+option of every layer, and which layers stayed float and why. The last bytes of the file are the other, "sha256": the
+checksum of all bytes before. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -49,10 +49,9 @@ class Deployed(nn.Module):
 
     def __init__(self, content: builtins.bytes, threads: int | None = None) -> None:
         super().__init__()
-        self.threads = torch.get_num_threads() if threads is None else threads
-        if type(self.threads) is not int or self.threads < 1:
-            raise CompressionError(f"threads={threads!r}: give a whole number, 1 at least.")
+        check_threads(threads)
         _check(content)
+        self.threads = torch.get_num_threads() if threads is None else threads
         self._content = content
         self._session = _session(content, self.threads)
         self._inputs = [put.name for put in self._session.get_inputs()]
@@ -151,6 +150,16 @@ class Deployed(nn.Module):
             wanted = ", ".join(f"{put.type} {put.shape}" for put in self._session.get_inputs())
             given = ", ".join(f"{x.dtype} {[*x.shape]}" for x in feed.values())
             raise CompressionError(f"the network takes {wanted}, got {given}.") from error
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that makes no sense.
+
+    Raises:
+        CompressionError: it is no whole number of 1 at least.
+    """
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise CompressionError(f"threads={threads!r}: give a whole number, 1 at least.")
 
 
 def sealed(content: bytes) -> bytes:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from compress.calibration import Calibration, batches_of
-from compress.deployed import VERSION, Deployed, sealed
+from compress.deployed import VERSION, Deployed, check_threads, sealed
 from compress.errors import CompressionError
 from compress.exporting import require_onnx
 from compress.int8_graph import METHODS, quantized, ranges_of
@@ -28,6 +28,8 @@ from search_spaces.arch import nearest
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+__all__ = ["Deployed", "Deployer", "to_int8"]
 
 _INT8 = "int8"
 
@@ -61,17 +63,17 @@ def to_int8(
         calibration: inputs from the training data, 8 at least: batches (N, ...), or pairs of them and labels, which are
             ignored; for a model of several inputs pairs of a tuple of batches and anything. Or data, of which 256
             training inputs are taken; never validation or test inputs.
-        policy: options by names of layers, as in `compress.policy`. A layer that it does not name stays as it is: float,
-            or of few bits. Default: "int8" for all layers but those of few bits.
+        policy: options by names of layers, as in `compress.policy`. A layer that it does not name stays as it is:
+            float, or of few bits. Default: "int8" for all layers but those of few bits.
         method: how ranges are found: "minmax", "entropy" or "percentile".
         per_channel: int8 weights have a scale for each output channel, else one for the layer.
-        reduce_range: use 7 bits of int8 weights, for x86 processors without VNNI, whose sums of 8-bit products overflow.
+        reduce_range: use 7 bits of int8 weights, for x86 processors without VNNI, whose sums of two products overflow.
         threads: that the network runs on; default: as many as torch now uses.
 
     Raises:
         ImportError: the packages of the extra `deploy` are not installed.
-        CompressionError: the calibration is missing, too small, not finite or not what the model takes; the policy names
-            an unknown layer or option; the model cannot be exported (see `export`).
+        CompressionError: the calibration is missing, too small, not finite or not what the model takes; the policy
+            names an unknown layer or option; the model cannot be exported (see `export`).
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
@@ -84,12 +86,15 @@ def to_int8(
     Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
     CVPR 2018, arXiv:1712.05877, as onnxruntime's static quantization has it.
     """
+    check_threads(threads)
+    if policy is not None:
+        check_policy(policy, model)
     deployer = Deployer(model, calibration, method=method, per_channel=per_channel, reduce_range=reduce_range)
     return deployer.deploy(policy, threads=threads)
 
 
 class Deployer:
-    """Deploys one model under many policies: it is exported once, and calibrated once. Arguments are those of `to_int8`.
+    """Deploys one model under many policies: it is exported once and calibrated once. Arguments are as of `to_int8`.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from compress.deployed import Deployed
+from compress.exporting import require_onnx
 from compress.filling import Stored
 from compress.storage import read
+from compress.subjects import is_deployed
 from compress.tables import aligned
 from nasbench.origin import Origin
 
@@ -47,14 +51,14 @@ class Inspection:
 
     Attributes:
         path: the file.
-        version: of its format.
+        format: which it is, of which version; of a deployed network, how many layers have which option.
         origin: the network of our spaces that it is, or None.
         layers: its tensors, in the order of the modules.
         bytes: of the file.
     """
 
     path: Path
-    version: int
+    format: str
     origin: Origin | None
     layers: tuple[StoredTensor, ...]
     bytes: int
@@ -86,17 +90,19 @@ class Inspection:
         origin = "no network of our spaces"
         if self.origin is not None:
             origin = f"{type(self.origin.space).__name__}, {self.origin.arch}"
-        return f"{self.path}: format {self.version}, {origin}\n" + aligned(rows, left=(0, 1))
+        return f"{self.path}: {self.format}; {origin}\n" + aligned(rows, left=(0, 1))
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Return what a file of `compress.save` holds, checked like in `compress.load`, with no network to load it into.
+    """Return what a file holds, checked like in `compress.load`, with no network to load it into.
 
     Args:
-        path: the file.
+        path: a file of `compress.save`; or the ".onnx" file of a deployed network, whose tensors are the arrays of its
+            graph: int8 weights, scales, and packed codes, each under the name that it has there.
 
     Raises:
         CompressionError: it cannot be read, is damaged, of another kind, or of a newer version.
+        ImportError: a deployed network needs the packages of the extra `deploy`.
 
     Example:
         >>> import tempfile
@@ -108,7 +114,7 @@ def inspect(path: str | Path) -> Inspection:
         >>> found.layers[0]  # 5,000 codes of 3 bits and a scale of 4 bytes for each of 50 channels
         StoredTensor(name='0.weight', encoding='affine', bits=3, shape=(50, 100), masked=False, density=..., bytes=2075)
         >>> print(str(found).split(maxsplit=1)[1])  # doctest: +NORMALIZE_WHITESPACE, +ELLIPSIS
-        format 2, no network of our spaces
+        format 2 of compress.save; no network of our spaces
         tensor         encoding  bits     shape  entries  density   bytes
         0.weight       affine       3  50 x 100    5,000  ...       2,075
         2.weight       dense       32   10 x 50      500   1.0000   2,000
@@ -116,9 +122,28 @@ def inspect(path: str | Path) -> Inspection:
         header                                                        ...
         all                      ...               5,560              ...
     """
+    if is_deployed(path):
+        return _deployed(Path(path))
     contents = read(path)
     layers = tuple(_described(name, stored) for name, stored in contents.stored.items())
-    return Inspection(Path(path), contents.version, contents.origin, layers, Path(path).stat().st_size)
+    form = f"format {contents.version} of compress.save"
+    return Inspection(Path(path), form, contents.origin, layers, Path(path).stat().st_size)
+
+
+def _deployed(path: Path) -> Inspection:
+    require_onnx("inspect", ("onnx", "onnxruntime"))
+    import onnx
+
+    deployed = Deployed.load(path, threads=1)
+    options = ", ".join(f"{count} {option}" for option, count in Counter(deployed.policy.values()).items())
+    layers = []
+    for array in onnx.load(path).graph.initializer:
+        values = onnx.numpy_helper.to_array(array)
+        size = len(array.raw_data) or values.nbytes
+        density = int((values != 0).sum()) / max(1, values.size)
+        bits = round(8 * size / max(1, values.size))
+        layers.append(StoredTensor(array.name, "dense", bits, tuple(array.dims), False, density, size))
+    return Inspection(path, f"deployed ONNX, layers: {options}", None, tuple(layers), deployed.bytes)
 
 
 def _described(name: str, stored: Stored) -> StoredTensor:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from compress.exporting import require_onnx
 from compress.joint import BITS
 from compress.layer_macs import macs
-from compress.policy_objective import FILE, MEASURED, calibration, images_of, measure, require_deployment
+from compress.policy_objective import FILE, MEASURED, calibration, images_of, measure
 from compress.pruning import masks
 from compress.storage import save
 from nasbench import profile
@@ -70,7 +71,7 @@ class JointObjective(Objective):
         seed: int = 0,
         device: str = "auto",
     ) -> None:
-        require_deployment()
+        require_onnx("deployment")
         self.space, self.seed, self.data = space, seed, images_of(data)
         check_kind(space.space, data)
         self._float: TrainObjective | SupernetObjective

@@ -46,7 +46,7 @@ def freeze(model: nn.Module, inplace: bool = False) -> nn.Module:
         >>> from compress.shift import dense_shift
         >>> layer = dense_shift(nn.Linear(4, 2), 3, include_ends=True)
         >>> [tuple(p.shape) for p in layer.parameters()]  # the bias, and 4 latents for each weight
-        [(2,), (4, 2, 4)]
+        [(2,), (8, 4)]
         >>> [tuple(p.shape) for p in freeze(layer).parameters()]
         [(2,), (2, 4)]
     """

@@ -172,7 +172,7 @@ def _function(name: str, bits: int, opset: int) -> FunctionProto:
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    nodes = []
+    nodes: list[Any] = []
 
     def add(operator: str, *inputs: str, outputs: tuple[str, ...] = (), **settings: Any) -> str:
         outputs = outputs or (f"value{len(nodes)}",)

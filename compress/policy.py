@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from compress.calibration import LEAST
 from compress.errors import CompressionError
 from compress.low_bit_models import low_bits
 from compress.models import copy_of, require_values
@@ -196,7 +197,7 @@ class PolicySpace(SearchSpace):
         kinds: what may be done to a layer: "int8" computes it in int8 (8 bits), "weights" stores weights on an even
             grid (2 to 8 bits; 8 only without "int8"), "dense_shift" stores signed powers of two (2 to 4 bits).
         modes: of the grid of weights: "symmetric" around zero, "asymmetric", or both.
-        calibration: training images on which the ranges of activations are measured.
+        calibration: how many training images the ranges of activations are measured on.
         exclude: names of layers, or of modules that hold layers, that stay float.
 
     Raises:
@@ -233,9 +234,9 @@ class PolicySpace(SearchSpace):
                 raise CompressionError(f"there is no mode {mode!r} of quantization; {nearest(mode, MODES)}")
         if not self.modes or len({*self.modes}) < len(self.modes):
             raise CompressionError(f"modes={self.modes!r}: give one mode at least, and none twice.")
-        if type(self.calibration) is not int or self.calibration < 1:
+        if type(self.calibration) is not int or self.calibration < LEAST:
             raise CompressionError(
-                f"calibration={self.calibration!r}: give the number of training images to measure activations on."
+                f"calibration={self.calibration!r}: give the number of training images, {LEAST} at least, to measure activations on."
             )
         if not self.layers:
             raise CompressionError(f"no layer of {type(self.model).__name__} can have options {self.options}.")

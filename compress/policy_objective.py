@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from compress.errors import CompressionError
+from compress.exporting import require_onnx
 from compress.models import outputs_of
 from nasbench import profile, training
 from nasbench.data import Data
@@ -54,7 +54,7 @@ class PolicyObjective(Objective):
     names = MEASURED
 
     def __init__(self, space: PolicySpace, data: Data, *, seed: int = 0, device: str = "auto") -> None:
-        require_deployment()
+        require_onnx("deployment")
         if device != "auto" and pick_device(device).type != "cpu":
             raise SettingError(f"device={device!r}: deployed networks run on the CPU. Leave device out.")
         self.space, self.seed = space, seed
@@ -121,16 +121,6 @@ def images_of(data: Data) -> Data:
     if not isinstance(data, Data) or len(data.shape) != 3:
         raise SettingError(f"a policy is measured on images, nasbench.data.load(...), got {data!r:.80}.")
     return data.to("cpu")
-
-
-def require_deployment() -> None:
-    """Refuse where onnxruntime and its like are not installed.
-
-    Raises:
-        ImportError: names the extra.
-    """
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]:
-        raise ImportError(f'deployment needs {" and ".join(missing)}: pip install "nasbench-toolkit[deploy]"')
 
 
 def _check_model(model: nn.Module, data: Data) -> None:

@@ -97,14 +97,15 @@ class Report:
         if self.max_difference is not None:
             lines.append(f"largest difference of an output: {self.max_difference:.3g}")
         if self.latency is not None:
-            lines.append(conditions(self.latency))
+            lines.append(conditions(self.latency, self.runtime))
         return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
-def conditions(took: Latency) -> str:
+def conditions(took: Latency, runtime: str) -> str:
     """Return under what conditions latencies were taken."""
+    kernels = "dense kernels" if runtime == "torch" else f"{runtime}, as deployed"
     return (
-        f"latency: dense kernels, batch {took.batch}, {took.device}, {took.threads} "
+        f"latency: {kernels}, batch {took.batch}, {took.device}, {took.threads} "
         f"thread{'s' if took.threads > 1 else ''}, median of {took.repeats} timings, the middle half within so many ms"
     )
 
@@ -211,7 +212,8 @@ def _reported(subject: Subject, original: Subject | None, baseline: Report | Non
         if "few bits" in subject.savings:
             said = "smaller when packed, computed in float32, no faster on this device"
         note = f"{what} only: {said}"
-        if original is not None and subject.figures["params"] < original.figures.get("params", 0):
+        before = None if original is None else original.figures["params"]
+        if before is not None and subject.figures["params"] < before:
             note = f"{what}: {said}; what is faster is so for its smaller layers"
     return Report(**subject.figures, note=note, baseline=baseline, runtime=subject.runtime)
 

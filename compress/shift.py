@@ -130,6 +130,8 @@ class _Shift(torch.autograd.Function):
 class DenseShift(ShiftGrid):
     """A trainable power-of-two weight: what is stored, and moved by an optimizer, are 2^(b-1) latents for each weight.
 
+    They lie one after the other along the first axis, (2^(b-1) O, ...), so that the memory format of images fits them.
+
     The first decides the sign: at zero and above it is +. The others, t_1 to t_K, make the exponent: S_0 = 0, and S_j
     is S_(j-1) + 1 where t_j > 0, else 0. The weight is exactly ±2^S with S = S_K. Gradients are those of ±sqrt(S + 1),
     where the sign and the steps of t pass gradients through unchanged.
@@ -138,12 +140,12 @@ class DenseShift(ShiftGrid):
         bits: b, 2 to 8.
 
     Example:
-        >>> latents = torch.tensor([[-1.0, 0.0], [1.0, 2.0], [-1.0, 2.0], [1.0, 0.1]], requires_grad=True)
+        >>> latents = torch.tensor([-1.0, 0.0, 1.0, 2.0, -1.0, 2.0, 1.0, 0.1], requires_grad=True)  # signs, t_1, t_2, t_3
         >>> weight = DenseShift(3)(latents)  # -2^1: only the last is above 0; and +2^3
         >>> weight
         tensor([-2.,  8.], grad_fn=<_ShiftBackward>)
         >>> weight.sum().backward()
-        >>> latents.grad[:, 0]  # sqrt(2), and -1 / (2 sqrt(2)) where a step of t changes S by 1
+        >>> latents.grad[::2]  # of the first weight: sqrt(2), and -1 / (2 sqrt(2)) where a step of t changes S by 1
         tensor([ 1.4142, -0.0000, -0.7071, -0.3536])
 
     Source: Li et al., DenseShift: Towards Accurate and Efficient Low-Bit Power-of-Two Quantization, ICCV 2023,
@@ -151,21 +153,21 @@ class DenseShift(ShiftGrid):
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        value: Tensor = _Shift.apply(weight)
+        value: Tensor = _Shift.apply(weight.unflatten(0, (self.largest + 1, -1)))
         return value
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Return latents whose weight is the nearest to this one, (2^(b-1), *shape).
+        """Return latents whose weight is the nearest to this one, one after the other along the first axis.
 
         Each is as far from its threshold as the weight is from where its decision changes: `NEAR` times the distance in
         octaves for t, in weights for the sign, and at most `NEAR`.
         """
         octaves = (weight.abs() / 1.5).log2()  # S is the number of thresholds 0, 1, 2, ... that lie below
         latents = [weight, *(octaves - (self.largest - j) for j in range(1, self.largest + 1))]
-        return NEAR * torch.stack(latents).clamp(-1, 1)
+        return NEAR * torch.cat(latents).clamp(-1, 1)
 
     def weight_shape(self, stored: Tensor) -> tuple[int, ...]:
-        return tuple(stored.shape[1:])
+        return stored.shape[0] // (self.largest + 1), *stored.shape[1:]
 
     def frozen(self) -> ShiftGrid:
         return ShiftGrid(self.bits)
@@ -275,7 +277,8 @@ def dense_shift(
         attach_low_bit(weight.module, weight.attribute, DenseShift(own))
         with torch.no_grad():
             if init == "convert":
-                weight.parameter.mul_(converted[name].reach.view(-1, *[1] * (len(weight.shape) - 1)) / NEAR)
+                reach = converted[name].reach.repeat(len(weight.parameter) // weight.shape[0])
+                weight.parameter.mul_(reach.view(-1, *[1] * (len(weight.shape) - 1)) / NEAR)
             else:
                 fan_out = weight.shape[0] * math.prod(weight.shape[2:])
                 spread = math.sqrt(2 / fan_out) if init == "scratch" else NEAR

@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from compress.deployed import Deployed
 from compress.entries import decode, encode, whole
 from compress.errors import CompressionError
 from compress.filling import Stored, blank_copy, fill, slots_of
@@ -79,6 +80,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """
     if not isinstance(model, nn.Module):
         raise CompressionError(f"save(model, path) takes the model first, got a {type(model).__name__}.")
+    if isinstance(model, Deployed):
+        raise CompressionError("a deployed network is an ONNX file of its own: write it with deployed.save(path).")
     model = unwrapped(model)
     entries: dict[str, dict[str, Any]] = {}
     arrays: dict[str, Tensor] = {}

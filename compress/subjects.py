@@ -68,11 +68,10 @@ def subject_of(name: str, source: Source, home: nn.Module | None, folder: Path) 
             f"a source is a module, a file of compress.save, or a deployed network (compress.to_int8) or its .onnx "
             f"file, got {type(source).__name__}."
         )
-    if is_deployed(source):
-        deployed = Deployed.load(source)
-        return Subject(name, deployed, "onnxruntime", {"bytes": deployed.bytes}, [])
+    source = Deployed.load(source) if is_deployed(source) else source
     if isinstance(source, Deployed):
-        return Subject(name, source, "onnxruntime", {"bytes": source.bytes}, [])
+        figures = dict.fromkeys(("params", "weights", "nonzeros")) | {"bytes": source.bytes}
+        return Subject(name, source, "onnxruntime", figures, [])
     if isinstance(source, nn.Module):
         path, home = save(source, folder / "model.safetensors"), source
     else:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import compress
 import nasbench as nb
+from compress.deployed import Deployed
 from nasbench.cli import main
 from nasbench.profile import measure
 from search_spaces import NASBench201
@@ -109,12 +110,97 @@ def test_channels_of_a_study_and_what_the_file_holds(runs: Path, capsys: pytest.
     assert f"{macs[0]:,}" in held and f"{Path('pruned.safetensors').stat().st_size:,}" in held
     alone = said(capsys, "report", "pruned.safetensors").splitlines()
     assert [line.split()[0] for line in alone[1:]] == [
-        *("params", "weights", "nonzeros", "bytes", "density", "--shape")
+        *("params", "weights", "nonzeros", "bytes", "density", "bits_per_weight", "--shape")
     ]
     assert [line.split() for line in alone[1:5]] == [line.split() for line in held.splitlines()[1:5]]
     assert alone[-1] == "--shape C,H,W or --data adds multiply-adds and latency"
     again = said(capsys, "report", "pruned.safetensors", "--data", "digits")
     assert re.findall(r"(\w+) +([\d,]+)\n", again) == re.findall(r"(\w+) +([\d,]+)\n", held)
+
+
+def test_weights_become_powers_of_two_and_train_on(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line: list[str | Path] = [
+        "shift",
+        STUDY,
+        "--folder",
+        runs,
+        "--bits",
+        "3",
+        "--epochs",
+        "1",
+        "--set",
+        "batch_size=64",
+    ]
+    out = said(capsys, *line, "--exclude", "stem", "--device", "cpu")
+    found, model = compress.load("shifted.safetensors"), best(runs).build()
+    data = nb.data.load("digits", train_images=200)
+    example = next(data.eval_batches("train", 1))[0]
+    shifted = compress.dense_shift(model, 3, init="convert", exclude=["stem"], example=example)
+    converted = nb.validate(shifted, data)["val_accuracy"]
+    nb.fit(shifted, data, epochs=1, batch_size=64, device="cpu", progress=False)
+    assert same(found.state_dict(), compress.freeze(shifted).state_dict())
+    assert {step.bits for step in compress.low_bits(found).values()} == {3}
+    accuracies = f"{converted:.4f} shifted, {nb.validate(found, data)['val_accuracy']:.4f} after 1 more epochs"
+    assert accuracies in out
+    assert "few bits only: smaller when packed, computed in float32, no faster on this device" in out
+
+
+def test_weights_of_few_bits(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "quantize", STUDY, "--folder", runs, "--bits", "3", "--group", "8", "--asymmetric")
+    expected = compress.quantize(best(runs).build(), 3, group=8, symmetric=False)
+    found = compress.load("quantized.safetensors")
+    assert same(found.state_dict(), compress.freeze(expected).state_dict())
+    layer = next(iter(compress.low_bits(found)))
+    compress.save_policy({layer: "weights5"}, "policy.json")
+    said(capsys, "quantize", STUDY, "--folder", runs, "--policy", "policy.json", "--out", "own.safetensors")
+    assert {name: step.bits for name, step in compress.low_bits(compress.load("own.safetensors")).items()} == {layer: 5}
+
+
+def test_int8_and_many_files_side_by_side(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    out = said(capsys, "quantize", STUDY, "--folder", runs, "--int8")
+    deployed = Deployed.load("quantized.onnx")
+    assert "int8" in deployed.policy.values()
+    data = nb.data.load("digits", train_images=200)
+    assert f"{nb.validate(deployed, data)['val_accuracy']:.4f} deployed\n" in out
+    assert "onnxruntime" in out and out.endswith("written to quantized.onnx\n")
+    compress.save(best(runs).build(), "dense.safetensors")
+    many = ("report", "dense.safetensors", "quantized.onnx", "--data", "digits", "--data-set", "train_images=200")
+    out = said(capsys, *many, "--baseline", STUDY, "--folder", runs, "--plot", "all.png")
+    rows = {line.split("  ")[0]: line.split() for line in out.splitlines()[1:4]}
+    assert list(rows) == ["baseline", "dense.safetensors", "quantized.onnx"]
+    assert [row[-1] for row in rows.values()] == ["torch", "torch", "onnxruntime"]
+    assert rows["quantized.onnx"][1] == f"{deployed.bytes:,}"
+    assert Path("all.png").read_bytes().startswith(b"\x89PNG")
+    sizes = said(capsys, "report", "dense.safetensors", "quantized.onnx")
+    assert sizes.splitlines()[-1] == "--shape C,H,W or --data adds multiply-adds and latency"
+
+
+def test_a_student_learns_from_its_teachers(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "prune", STUDY, "--folder", runs, "--density", "0.3")
+    line: list[str | Path] = [
+        "distill",
+        "pruned.safetensors",
+        "--teachers",
+        STUDY,
+        "--folder",
+        runs,
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    line += ["--data", "digits", "--data-set", "train_images=200"]
+    out = said(capsys, *line, "--set", "batch_size=64", "--seed", "4")
+    data = nb.data.load("digits", train_images=200)
+    student = compress.load("pruned.safetensors")
+    expected = compress.distill(
+        student, [best(runs).build()], data=data, epochs=1, seed=4, device="cpu", batch_size=64, progress=False
+    )
+    found = compress.load("distilled.safetensors")
+    assert same(found.state_dict(), expected.state_dict())
+    assert f"{nb.validate(found, data)['val_accuracy']:.4f} after 1 epochs; of the teachers " in out
+    assert out.splitlines()[-1] == f"written to distilled.safetensors; the baseline is {STUDY}"
 
 
 def test_a_network_of_torchvision(capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +242,23 @@ def test_bad_lines_say_what_is_wrong_and_write_nothing(
     assert "the network does not take a batch of 1 x 3 x 8 x 8" in error(*study, "0.1", "--shape", "3,8,8")
     assert "'lr' is no setting. Write KEY=VALUE" in error(*study, "0.1", "--epochs", "1", "--set", "lr")
     assert "there is no data/none.npz" in error(*study, "0.1", "--data", "data/none.npz")
+    compressed = ("--folder", runs, "--data", "digits")
+    assert "a shift weight has 2 to 8 bits" in said(capsys, "shift", STUDY, *compressed, "--bits", "9", status=2)
+    assert "there is no init 'zero'" in said(capsys, "shift", STUDY, *compressed, "--init", "zero", status=2)
+    assert "--init scratch forgets" in said(capsys, "shift", STUDY, *compressed, "--init", "scratch", status=2)
+    for wrong, text in (
+        (("--bits", "9"), "bits is a whole number from 2 to 8"),
+        (("--group", "x"), "--group x: give a number of weights"),
+        (("--int8", "--bits", "4"), "--bits has no meaning with --int8"),
+        (("--policy", "none.json", "--group", "4"), "--group has no meaning with --policy FILE"),
+        (("--policy", "none.json"), "cannot read a policy from none.json"),
+        (("--int8", "--epochs", "2"), "--int8 calibrates a trained network"),
+    ):
+        assert text in said(capsys, "quantize", STUDY, *compressed, *wrong, status=2)
+    assert "--int8 needs training images" in said(capsys, "quantize", *vision[:3], "--int8", status=2)
+    assert "distill needs images" in said(capsys, "distill", *vision[:3], "--teachers", vision[0], status=2)
+    wrong_mode = ("distill", STUDY, *compressed, "--teachers", STUDY, "--mode", "some")
+    assert "'some'" in said(capsys, *wrong_mode, status=2)
     assert list(tmp_path.iterdir()) == []
     for words in ((), ("--shape", "1,8,8"), ("--shape", "3,x,3"), ("--data", "data/none.npz")):
         assert "cannot read none.safetensors" in said(capsys, "report", "none.safetensors", *words, status=2)

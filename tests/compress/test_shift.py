@@ -89,7 +89,7 @@ def test_every_value_is_a_power_of_two_exactly_and_never_zero(bits: int, kind: t
     latents = torch.randn(2 ** (bits - 1), 40, 50, generator=seeded(bits)).to(kind)
     latents[:, :4] = 0  # as are latents that are exactly zero
     latents[:, 4] = -0.0
-    weight = DenseShift(bits)(latents)
+    weight = DenseShift(bits)(latents.flatten(0, 1))
     assert weight.dtype == kind and set(weight.unique().tolist()) <= allowed(bits)
     assert bool((weight[:5] == 1).all()), "sgn(0) is +, and 1[0 > 0] is 0"
     assert set(weight.unique().tolist()) == allowed(bits) or bits > 4
@@ -102,7 +102,7 @@ def test_values_are_those_of_the_recursion(bits: int) -> None:
         shift = 0
         for t in signs[1:]:
             shift = (shift + 1) * (t > 0)
-        value = DenseShift(bits)(torch.tensor(signs).unsqueeze(1))
+        value = DenseShift(bits)(torch.tensor(signs))
         assert value.tolist() == [math.copysign(2**shift, signs[0])]
 
 
@@ -135,7 +135,7 @@ def test_the_gradient_is_that_of_the_hand_formula(bits: int) -> None:
     latents[0, 0] = 0
     one, two = latents.clone().requires_grad_(), latents.clone().requires_grad_()
     outer = torch.randn(6, 7, dtype=torch.float64, generator=seeded(1))
-    value, expected = DenseShift(bits)(one), by_hand(two)
+    value, expected = DenseShift(bits)(one.flatten(0, 1)), by_hand(two)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
     (value * outer).sum().backward()
     (expected * outer).sum().backward()
@@ -159,7 +159,7 @@ def test_how_random_weights_are_distributed(bits: int, init: str) -> None:
     layer: Any = dense_shift(nn.Linear(200, 400, bias=False), bits, init=init, include_ends=True)
     layer.weight.sum().backward()
     weight, latents = layer.weight.detach(), weights(layer)["weight"].parameter
-    assert latents.shape == (2 ** (bits - 1), 400, 200) and abs(float(latents.detach().mean())) < 1e-3
+    assert latents.shape == (2 ** (bits - 1) * 400, 200) and abs(float(latents.detach().mean())) < 1e-3
     expected = math.sqrt(2 / 400) if init == "scratch" else NEAR
     assert float(latents.detach().std()) == pytest.approx(expected, rel=0.01)
     for exponent, share in enumerate(shares):
@@ -167,8 +167,16 @@ def test_how_random_weights_are_distributed(bits: int, init: str) -> None:
     assert float((weight > 0).float().mean()) == pytest.approx(0.5, abs=0.01)
     assert float(weight.std()) == pytest.approx(spread, rel=0.03)
     assert latents.grad is not None
-    zero = (latents.grad == 0).float().mean((1, 2)).tolist()
+    zero = (latents.grad == 0).float().view(2 ** (bits - 1), -1).mean(1).tolist()
     assert zero == pytest.approx([0.0, *dead], abs=0.01)
+
+
+def test_latents_take_the_memory_format_of_images() -> None:
+    model = dense_shift(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), 3, include_ends=True)
+    x, expected = torch.rand(2, 3, 8, 8), [layer.weight.clone() for layer in model]  # type: ignore[union-attr]
+    moved = model.to(memory_format=torch.channels_last)
+    assert all(torch.equal(a.weight, b) for a, b in zip(moved, expected, strict=True))  # type: ignore[arg-type]
+    moved(x.contiguous(memory_format=torch.channels_last)).sum().backward()
 
 
 # Codes -------------------------------------------------------------------------------------------------------------
@@ -216,7 +224,7 @@ def test_the_nearest_value_is_the_nearest(bits: int) -> None:
     assert torch.equal(ShiftGrid(bits).nearest(weight), expected)
     latents = DenseShift(bits).right_inverse(weight)
     assert torch.equal(DenseShift(bits)(latents), expected)
-    assert float(latents.abs().max()) <= NEAR and latents.shape == (2 ** (bits - 1), 3000)
+    assert float(latents.abs().max()) <= NEAR and latents.shape == (2 ** (bits - 1) * 3000,)
     assert DenseShift(bits)(DenseShift(bits).right_inverse(torch.zeros(3))).tolist() == [1.0] * 3
 
 
@@ -247,7 +255,7 @@ def test_all_but_the_ends_are_powers_of_two(bits: int, init: str) -> None:
         assert set(model.get_submodule(name).weight.unique().tolist()) <= allowed(bits)
         old = weights(net)[name]
         assert (weight.shape, weight.size) == (old.shape, old.size)
-        assert weight.parameter.shape == (2 ** (bits - 1), *old.shape)
+        assert weight.parameter.shape == (2 ** (bits - 1) * old.shape[0], *old.shape[1:])
     for end in ("stem.0", "head"):
         assert torch.equal(model.get_submodule(end).weight, net.get_submodule(end).weight)
         assert type(model.get_submodule(end).weight) is nn.Parameter
