@@ -77,6 +77,7 @@ def quantized(
         {"TensorQuantOverrides": overrides} if overrides else {},
     )
     quantizer.quantize_model()
+    quantizer.model.topological_sort()
     return quantizer.model.model
 
 

@@ -87,16 +87,15 @@ def strip(model: ModelProto) -> None:
 def _find_layers(graph: Graph, model: nn.Module, program: ONNXProgram) -> None:
     from onnx import numpy_helper
 
-    paths = {id(parameter): path for path, parameter in model.named_parameters()}
-    readers = _readers(graph.model.graph, program)
+    readers = _readers(graph.model.graph, model, program)
     arrays = {one.name: one for one in graph.model.graph.initializer}
-    taken: dict[str, str] = {}
+    taken: dict[int, str] = {}
     for name, weight in weights(model).items():
-        path = paths[id(weight.parameter)]
-        nodes = readers.get(path, [])
+        key = id(weight.parameter)
+        nodes = readers.get(key, [])
         kinds = {(node.op_type, node.input[1]) for node in nodes}
-        if path in taken:
-            graph.missing[name] = f"its weight is that of {taken[path]!r}, whose option holds for both"
+        if key in taken:
+            graph.missing[name] = f"its weight is that of {taken[key]!r}, whose option holds for both"
         elif len(kinds) != 1 or any(not _is_product(node) for node in nodes):
             graph.missing[name] = "the exported graph has no convolution or matrix product of its own with its weight"
         else:
@@ -107,26 +106,26 @@ def _find_layers(graph: Graph, model: nn.Module, program: ONNXProgram) -> None:
             if value.shape != own.shape or (operator == "MatMul" and not torch.equal(value, own)):
                 graph.missing[name] = "the exported graph computes with another weight"
                 continue
-            taken[path] = name
+            taken[key] = name
             graph.layers[name] = GraphLayer(tuple(node.name for node in nodes), operator, initializer, value)
 
 
-def _readers(graph: GraphProto, program: ONNXProgram) -> dict[str, list[NodeProto]]:
-    """Return the nodes that read each parameter, by its path in the model."""
+def _readers(graph: GraphProto, model: nn.Module, program: ONNXProgram) -> dict[int, list[NodeProto]]:
+    """Return the nodes that read each parameter, by its id."""
     exported = program.exported_program
     assert exported is not None
-    paths = exported.graph_signature.inputs_to_parameters
-    names = {*paths.values()}
+    inputs = exported.graph_signature.inputs_to_parameters
+    parameters = {path: id(model.get_parameter(path)) for path in inputs.values()}
     constants = {one.name for one in graph.initializer}
-    readers: dict[str, list[NodeProto]] = {}
+    readers: dict[int, list[NodeProto]] = {}
     for node in graph.node:
-        for name in names & {*node.input}:
-            readers.setdefault(name, []).append(node)
+        for name in parameters.keys() & {*node.input}:
+            readers.setdefault(parameters[name], []).append(node)
         # The transpose of a linear layer's weight is computed on export, and gets a name of its own.
-        if node.op_type == "MatMul" and node.input[1] in constants - names:
+        if node.op_type == "MatMul" and node.input[1] in constants - parameters.keys():
             text = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.fx_node"), "")
-            if (found := _LINEAR.search(text)) and found[1] in paths:
-                readers.setdefault(paths[found[1]], []).append(node)
+            if (found := _LINEAR.search(text)) and found[1] in inputs:
+                readers.setdefault(parameters[inputs[found[1]]], []).append(node)
     return readers
 
 

@@ -131,10 +131,11 @@ def put(model: ModelProto, layer: GraphLayer, weight: CodedWeight) -> None:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     flat = F.pad(weight.codes.reshape(-1), (0, -weight.codes.numel() % 8))
     table = ",".join(f"{value:g}" for value in weight.table[[0, -1]])
+    zero = np.float32(0) if weight.zero is None else weight.zero.numpy()
     inputs = [
         constant(f"{name}/codes", pack(flat, weight.bits).view(-1, weight.bits).numpy()),
         constant(f"compress/{weight.bits} bits from {table}", weight.table.numpy()),
-        constant("compress/0", np.float32(0)) if weight.zero is None else constant(f"{name}/zero", weight.zero.numpy()),
+        constant("compress/no zero" if weight.zero is None else f"{name}/zero", zero),
         constant(f"{name}/scale", weight.scale.numpy()),
         shape(weight.codes.numel()),
         shape(*weight.codes.shape),

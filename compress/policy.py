@@ -236,7 +236,8 @@ class PolicySpace(SearchSpace):
             raise CompressionError(f"modes={self.modes!r}: give one mode at least, and none twice.")
         if type(self.calibration) is not int or self.calibration < LEAST:
             raise CompressionError(
-                f"calibration={self.calibration!r}: give the number of training images, {LEAST} at least, to measure activations on."
+                f"calibration={self.calibration!r}: give the number of training images to measure activations on, "
+                f"{LEAST} at least."
             )
         if not self.layers:
             raise CompressionError(f"no layer of {type(self.model).__name__} can have options {self.options}.")

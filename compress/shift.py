@@ -140,7 +140,7 @@ class DenseShift(ShiftGrid):
         bits: b, 2 to 8.
 
     Example:
-        >>> latents = torch.tensor([-1.0, 0.0, 1.0, 2.0, -1.0, 2.0, 1.0, 0.1], requires_grad=True)  # signs, t_1, t_2, t_3
+        >>> latents = torch.tensor([-1.0, 0.0, 1.0, 2.0, -1.0, 2.0, 1.0, 0.1], requires_grad=True)  # sign, t_1 ...
         >>> weight = DenseShift(3)(latents)  # -2^1: only the last is above 0; and +2^3
         >>> weight
         tensor([-2.,  8.], grad_fn=<_ShiftBackward>)

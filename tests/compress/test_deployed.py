@@ -103,8 +103,7 @@ def test_what_it_does_not_take(deployed: Deployed) -> None:
     with pytest.raises(CompressionError, match="takes 1 tensors, got nothing"):
         deployed()
     with pytest.raises(CompressionError, match="threads=True"):
-        copy_with = Deployed(deployed._content, True)
-        del copy_with
+        Deployed(deployed._content, True)
 
 
 def test_latency_is_of_the_session(deployed: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
