@@ -55,7 +55,9 @@ class Deployed(nn.Module):
         self._content = content
         self._session = _session(content, self.threads)
         self._inputs = [put.name for put in self._session.get_inputs()]
-        header = json.loads(self._session.get_modelmeta().custom_metadata_map["compress"])
+        if (text := self._session.get_modelmeta().custom_metadata_map.get("compress")) is None:
+            raise CompressionError("the file does not say what its layers are; it is none that Deployed.save wrote.")
+        header = json.loads(text)
         if header["version"] > VERSION:
             raise CompressionError(
                 f"the file has format {header['version']}, this version of compress reads up to {VERSION}; update it."
@@ -81,7 +83,7 @@ class Deployed(nn.Module):
             raise CompressionError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> Path:
-        """Write the file, whole or not at all, and return its path. Any onnxruntime of version 1.17 or above runs it.
+        """Write the file, whole or not at all, and return its path. onnxruntime alone runs it, without torch.
 
         Raises:
             OSError: it cannot be written.
@@ -182,4 +184,7 @@ def _session(content: bytes, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a class for each code, and no common one
+        raise CompressionError(f"onnxruntime {onnxruntime.__version__} cannot run it: {error}") from error

@@ -122,7 +122,8 @@ class JointSpace(SearchSpace):
             sizes and form that the supernet gives them.
 
     Raises:
-        CompressionError: density or Sparse-IFT is searched with a supernet, or no such strategy trains one.
+        CompressionError: density or Sparse-IFT is searched with a supernet, no such strategy trains one, or the space
+            has bits or sparse operations already.
 
     Example:
         >>> from random import Random
@@ -145,6 +146,11 @@ class JointSpace(SearchSpace):
             )
         if isinstance(self.space, JointSpace):
             raise CompressionError("the space has bits already; give all of them at once: compress.bits(4, 8, 32).")
+        if getattr(self.space, "ops", "dense") != "dense":
+            raise CompressionError(
+                f'{self.space!r} has sparse operations, which would be trained densely: use ops="dense", and search '
+                "the density: compress.bits(4, 8, density=(1.0, 0.5))."
+            )
         if self.one_shot is None:
             return
         if self.one_shot not in ONE_SHOT or ONE_SHOT[self.one_shot].trials == 1:

@@ -41,7 +41,7 @@ class JointObjective(Objective):
     and "macs" are of the weights that masks keep. A mask saves no bytes of a deployed file, which stores its zeros;
     "file_bytes", measured only where it is asked for, is what `compress.save` needs, which stores none.
 
-    Networks that differ in bits alone are trained once in each call of a search: they would be trained bit-equally.
+    A network that differs from one of the last 16 in bits alone is not trained again: it would get the same weights.
 
     Args:
         space: bound to the data.
@@ -91,7 +91,7 @@ class JointObjective(Objective):
             "data": {"name": self.data.name, "fingerprint": self.data.fingerprint, "load": self.data.spec},
             "recipe": json.loads(self._float.recipe.to_json()),
             "seed": self.seed,
-            "extra": list(self.extra),
+            "extra": [*self.extra, *(name for name in ("file_bytes",) if name in self.wanted)],
         }
 
     def key(self, arch: Arch) -> Arch:

@@ -35,6 +35,7 @@ DIRECTIONS = {
     "params": "minimize",
     "macs": "minimize",
     "bytes": "minimize",
+    "file_bytes": "minimize",
     "peak_bytes": "minimize",
     "latency_ms": "minimize",
     "seconds": "minimize",

@@ -71,6 +71,7 @@ def test_onnxruntime_alone_runs_the_file(deployed: Deployed) -> None:
         (lambda content: content[:300] + bytes([content[300] ^ 1]) + content[301:], "is damaged or was changed"),
         (lambda content: content[:-1] + (b"0" if content[-1:] != b"0" else b"1"), "is damaged or was changed"),
         (lambda content: content[1:], "is damaged or was changed"),
+        (lambda content: sealed(b"hello"), "onnxruntime .* cannot run it"),
     ],
 )
 def test_other_files_are_refused(change: Callable[[bytes], bytes], message: str, deployed: Deployed) -> None:

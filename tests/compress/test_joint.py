@@ -24,7 +24,7 @@ from nasbench.data import Data
 from nasbench.errors import SettingError
 from nasbench.objective import TrainObjective, TrialRun
 from nasbench.recipe import Recipe
-from search_spaces import Arch, ArchError, ConvMacro, MobileNetV3, NASBench201, ResNet
+from search_spaces import DARTS, Arch, ArchError, ConvMacro, MobileNetV3, NASBench201, ResNet
 from search_spaces.base import Choices, SearchSpace
 
 pytest.importorskip("onnxruntime")
@@ -167,6 +167,7 @@ def test_decisions_do_not_clash() -> None:
         (lambda: bits(4, sparse_ift=(None, "wider")), "did you mean 'wide'"),
         (lambda: bits(4, sparse_ift=(None, "wide")), "leaves all dense"),
         (lambda: INNER * bits(4) * bits(8), "has bits already"),
+        (lambda: DARTS(ops="sparse") * bits(4), "sparse operations"),
         (lambda: JointSpace(INNER, {"bits": 4}), "a space times bits"),  # type: ignore[arg-type]
         (lambda: JointSpace(INNER, bits(4), one_shot="darts"), "Known: spos"),
         (lambda: JointSpace(INNER, bits(4, density=(0.5,)), one_shot="spos"), "dense"),
