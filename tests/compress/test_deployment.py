@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -338,7 +339,8 @@ def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         to_int8(net(), X)
 
 
-FAMILIES = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121", "swin_t", "vit_b_16")
+ALL = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121", "swin_t", "vit_b_16")
+FAMILIES = ALL if "ALL_MODELS" in os.environ else ("resnet18", "mobilenet_v3_small")  # all take minutes
 
 
 @pytest.mark.slow
