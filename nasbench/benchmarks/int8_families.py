@@ -52,7 +52,9 @@ def family(name: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = get_model(name).eval()
     x = torch.randn(4, 3, 224, 224)
-    small, whole = compress.to_int8(model, [x, x.flip(0)]), compress.to_int8(model, [x], policy=all_float(model))
+    batches = [x, x.flip(0)]
+    small = compress.to_int8(model, batches)
+    whole = compress.to_int8(model, batches, policy=all_float(model))
     one = x[:1]
     times = [(seconds(lambda: whole(one), 3), seconds(lambda: small(one), 3)) for _ in range(rounds)]
     low, median, high = np.percentile(1e3 * np.array(times), (25, 50, 75), axis=0)
