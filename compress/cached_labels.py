@@ -8,10 +8,9 @@ they are of. The metadata has two entries: "soft_labels" is JSON, the version of
 
 from __future__ import annotations
 
-import hashlib
 import json
 import numbers
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from compress.errors import CompressionError
+from compress.storage import checksum
 from compress.teachers import Teacher, Teachers, mean_probabilities
 from nasbench.batches import Batch, Data
 from nasbench.files import atomic_write
@@ -187,7 +187,7 @@ def soft_labels(
         arrays = {"probabilities": probabilities} | ({"classes": classes} if kept < data.classes else {})
         purpose = _purpose(data, recipe, seed, split, temperature)
         text = json.dumps({"version": VERSION, "classes": data.classes, **purpose})
-        save_file(arrays, temporary, {"soft_labels": text, "sha256": _checksum(text, arrays)})
+        save_file(arrays, temporary, {"soft_labels": text, "sha256": checksum(text, arrays)})
     return SoftLabels(path)
 
 
@@ -256,18 +256,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
         raise CompressionError(
             f"{path} has format {version}, this version reads up to {VERSION}. Update nasbench-toolkit."
         )
-    checksum = _checksum(metadata["soft_labels"], arrays)
-    if checksum != metadata.get("sha256") or "probabilities" not in arrays or arrays["probabilities"].ndim < 4:
+    found = checksum(metadata["soft_labels"], arrays)
+    if found != metadata.get("sha256") or "probabilities" not in arrays or arrays["probabilities"].ndim < 4:
         raise damaged
-    return settings, arrays, checksum
-
-
-def _checksum(text: str, arrays: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(arrays):
-        digest.update(f"\n{name} {arrays[name].dtype} {tuple(arrays[name].shape)}\n".encode())
-        digest.update(arrays[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return settings, arrays, found
 
 
 class _Repeated:

@@ -17,7 +17,7 @@ from compress.low_bit import LowBit
 from compress.packing import pack
 from compress.quantization import AffineGrid, FakeQuantize, Layout
 from compress.shift import ShiftGrid
-from compress.shift_conversion import _fit
+from compress.shift_conversion import fit_channels
 
 if TYPE_CHECKING:
     from onnx import FunctionProto, ModelProto
@@ -69,7 +69,7 @@ def rounded(weight: Tensor, kind: str, bits: int, symmetric: bool, transposed: i
     rows = layout.gathered(weight)
     some = rows.any(1, keepdim=True)  # powers of two have no zero, but a scale can be
     rows = torch.where(some, rows, 1.0)
-    factor, gain = _fit(rows, shifts)
+    factor, gain = fit_channels(rows, shifts)
     codes = shifts.codes(shifts.nearest(rows * factor.unsqueeze(1)))
     return CodedWeight(codes, bits, shifts.table(), None, torch.where(some, 1 / gain.unsqueeze(1), 0.0), layout)
 

@@ -98,7 +98,7 @@ class PolicyObjective(Objective):
 
 def measure(deployed: Deployed, data: Data, wanted: Sequence[str]) -> dict[str, float]:
     """Return what a deployed network scores on validation images, its bytes, and its latency if that is wanted."""
-    metrics = training.validate(_Called(deployed), data)
+    metrics = training.validate(deployed, data)
     metrics["bytes"] = deployed.bytes
     if _LATENCY & {*wanted}:
         latency = deployed.latency(profile.zeros(1, data.shape))
@@ -131,15 +131,3 @@ def _check_model(model: nn.Module, data: Data) -> None:
             f"the model gives {shapes} for one image of {data.name}, which has {data.classes} classes: logits are "
             f"(1, {data.classes}). Give the data that it was trained for."
         )
-
-
-class _Called(nn.Module):
-    """A deployed network as a module."""
-
-    def __init__(self, deployed: Deployed) -> None:
-        super().__init__()
-        self._deployed = deployed
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self._deployed(x)
-        return logits

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from compress.errors import CompressionError
 from compress.low_bit import LowBit, attach_low_bit
 from compress.models import copy_of, require_values
-from compress.weights import Weight, weights
+from compress.weights import Weight, chosen, holders_of, require_own_parameter, weights
 from search_spaces.arch import nearest
 from search_spaces.masks import Mask
 
@@ -344,13 +344,13 @@ def quantize(
     Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
     CVPR 2018, arXiv:1712.05877, for weights alone; with `learned_step` see `FakeQuantize`.
     """
-    chosen = _chosen(model, bits, exclude)
+    widths = _widths(model, bits, exclude)
     check_settings(group, scale)
     if learned_step and not symmetric:
         raise CompressionError("learned_step=True learns scales of symmetric values; leave out symmetric=False.")
     target = model if inplace else copy_of(model)
     own = weights(target)
-    for name, width in chosen.items():
+    for name, width in widths.items():
         weight = own[name]
         step = fake_quantize(weight, width, group=group, symmetric=symmetric, learned_step=learned_step, scale=scale)
         attach_low_bit(weight.module, weight.attribute, step)
@@ -391,27 +391,8 @@ def quantizable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Weig
         ['0']
     """
     require_values(model)
-    if isinstance(exclude, str):
-        raise CompressionError(f"exclude is a list of names, got {exclude!r}; write exclude=[{exclude!r}].")
-    found = weights(model)
-    if not found:
-        raise CompressionError(
-            f"{type(model).__name__} has no convolution, linear layer or attention, so there is nothing to quantize."
-        )
-    left = dict(found)
-    for name in exclude:
-        matches = [own for own in found if own == name or own.startswith(f"{name}.") or f"{own}.weight" == name]
-        if not matches:
-            raise CompressionError(f"exclude names {name!r}, which holds no weight to quantize; {nearest(name, found)}")
-        for own in matches:
-            left.pop(own, None)
-    if not left:
-        raise CompressionError(f"all {len(found)} weights are excluded, so there is nothing to quantize.")
-    holders: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append(f"{prefix}.{name}".removeprefix("."))
+    left = chosen(model, exclude, "quantize")
+    holders = holders_of(model)
     for weight in left.values():
         _check(weight, holders)
     return left
@@ -428,26 +409,15 @@ def _check(weight: Weight, holders: Mapping[int, list[str]]) -> None:
         raise CompressionError(
             f"{name!r} is parametrized already; remove that first (torch.nn.utils.parametrize), or exclude it."
         )
+    require_own_parameter(weight, holders)
     parameter = weight.parameter
-    if not (names := holders.get(id(parameter))):
-        raise CompressionError(
-            f"the weight of {name!r} is no parameter but computed from others, as weight_norm and prune of "
-            f"torch.nn.utils do it; remove that first."
-        )
-    if isinstance(parameter, nn.UninitializedParameter):
-        raise CompressionError(f"{name!r} has no shape yet; send one batch through the model first.")
-    if len(names) > 1:
-        raise CompressionError(
-            f"the weight of {name!r} is tied: {' and '.join(names)} are one parameter. Give it up with "
-            f"exclude=[{name!r}]."
-        )
     if parameter.dtype != torch.float32:
         raise CompressionError(f"the weight of {name!r} is {parameter.dtype}; call model.float() first.")
     if not parameter.numel() or not bool(parameter.detach().isfinite().all()):
         raise CompressionError(f"the weight of {name!r} is empty or not finite everywhere, so it has no grid.")
 
 
-def _chosen(model: nn.Module, bits: int | Mapping[str, int], exclude: Sequence[str]) -> dict[str, int]:
+def _widths(model: nn.Module, bits: int | Mapping[str, int], exclude: Sequence[str]) -> dict[str, int]:
     """Return the bits of each layer that gets few."""
     if not isinstance(bits, Mapping):
         check_bits(bits, "bits")

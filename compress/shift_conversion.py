@@ -75,7 +75,7 @@ def conversions(
         elif not bool(weight.flatten(1).any(1).all()):
             reasons[name] = "a channel has only zeros, and powers of two have none"
         else:
-            factor, gain = _fit(weight, grid)
+            factor, gain = fit_channels(weight, grid)
             reach = weight.flatten(1).square().mean(1).sqrt() / gain
             converted[name] = Conversion(norms[name], factor, gain, reach)
     if reasons and (required or not converted):
@@ -103,7 +103,7 @@ def rescale(model: nn.Module, weight: Weight, conversion: Conversion) -> None:
         norm.running_var.copy_(larger)
 
 
-def _fit(weight: Tensor, grid: ShiftGrid) -> tuple[Tensor, Tensor]:
+def fit_channels(weight: Tensor, grid: ShiftGrid) -> tuple[Tensor, Tensor]:
     """Return the factors, (out,), after which a weight's channels are nearest to the grid in angle, and the gains.
 
     The values v nearest to f w stand for w up to the scale <w, v> / <v, v>, whose inverse is the gain.

@@ -103,7 +103,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
         header["origin"] = json.loads(origin.to_json())
     text = json.dumps(header)
     with atomic_write(path) as temporary:
-        save_file(arrays, temporary, metadata={"compress": text, "sha256": _checksum(text, arrays)})
+        save_file(arrays, temporary, metadata={"compress": text, "sha256": checksum(text, arrays)})
         _sort_metadata(temporary)
     return Path(path)
 
@@ -218,7 +218,7 @@ def read(path: str | Path) -> Contents:
         raise CompressionError(
             f"{path} is damaged, or no safetensors file ({error}). Name a file that compress.save wrote."
         ) from None
-    if _checksum(metadata["compress"], arrays) != metadata.get("sha256"):
+    if checksum(metadata["compress"], arrays) != metadata.get("sha256"):
         raise _damaged(path, "its checksum is another")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, array in arrays.items():
@@ -282,7 +282,8 @@ def _sort_metadata(path: Path) -> None:
         file.write(ordered)
 
 
-def _checksum(text: str, arrays: Mapping[str, Tensor]) -> str:
+def checksum(text: str, arrays: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a header's text and all arrays, with their names, types and shapes."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(arrays):
         array = arrays[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -95,27 +95,8 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Weight]
         >>> list(prunable(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), exclude=["2"]))
         ['0']
     """
-    if isinstance(exclude, str):
-        raise CompressionError(f"exclude is a list of names, got {exclude!r}; write exclude=[{exclude!r}].")
-    found = weights(model)
-    if not found:
-        raise CompressionError(
-            f"{type(model).__name__} has no convolution, linear layer or attention, so there is nothing to prune."
-        )
-    left = dict(found)
-    for name in exclude:
-        matches = [own for own in found if own == name or own.startswith(f"{name}.") or f"{own}.weight" == name]
-        if not matches:
-            raise CompressionError(f"exclude names {name!r}, which holds no weight to prune; {nearest(name, found)}")
-        for own in matches:
-            left.pop(own, None)
-    if not left:
-        raise CompressionError(f"all {len(found)} weights are excluded, so there is nothing to prune.")
-    holders: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append(f"{prefix}.{name}".removeprefix("."))
+    left = chosen(model, exclude, "prune")
+    holders = holders_of(model)
     for weight in left.values():
         if parametrize.is_parametrized(weight.module, weight.attribute):
             state, advice = "parametrized", "remove that first (torch.nn.utils.parametrize), or exclude it."
@@ -124,19 +105,68 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Weight]
             if weight.low_bit is not None:
                 state, advice = "of few bits", "compress.finalize(model) makes such weights ordinary ones."
             raise CompressionError(f"{weight.name!r} is {state} already; {advice}")
-        if not (names := holders.get(id(weight.parameter))):
-            raise CompressionError(
-                f"the weight of {weight.name!r} is no parameter but computed from others, as weight_norm and prune of "
-                f"torch.nn.utils do it; remove that first."
-            )
-        if isinstance(weight.parameter, nn.UninitializedParameter):
-            raise CompressionError(f"{weight.name!r} has no shape yet; send one batch through the model first.")
-        if len(names) > 1:
-            raise CompressionError(
-                f"the weight of {weight.name!r} is tied: {' and '.join(names)} are one parameter. Give it up with "
-                f"exclude=[{weight.name!r}]."
-            )
+        require_own_parameter(weight, holders)
     return left
+
+
+def chosen(model: nn.Module, exclude: Sequence[str], purpose: str) -> dict[str, Weight]:
+    """Return all `weights` but those excluded by name.
+
+    Args:
+        purpose: what is to be done to them, for messages: "prune".
+
+    Raises:
+        CompressionError: an excluded name matches nothing, or no weight is left.
+    """
+    if isinstance(exclude, str):
+        raise CompressionError(f"exclude is a list of names, got {exclude!r}; write exclude=[{exclude!r}].")
+    found = weights(model)
+    if not found:
+        raise CompressionError(
+            f"{type(model).__name__} has no convolution, linear layer or attention, so there is nothing to {purpose}."
+        )
+    left = dict(found)
+    for name in exclude:
+        matches = [own for own in found if own == name or own.startswith(f"{name}.") or f"{own}.weight" == name]
+        if not matches:
+            raise CompressionError(
+                f"exclude names {name!r}, which holds no weight to {purpose}; {nearest(name, found)}"
+            )
+        for own in matches:
+            left.pop(own, None)
+    if not left:
+        raise CompressionError(f"all {len(found)} weights are excluded, so there is nothing to {purpose}.")
+    return left
+
+
+def holders_of(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names of every parameter, by its id: several where it is tied."""
+    holders: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{prefix}.{name}".removeprefix("."))
+    return holders
+
+
+def require_own_parameter(weight: Weight, holders: Mapping[int, list[str]]) -> None:
+    """Refuse a weight that is no initialised parameter of its own; `holders` are those of its model.
+
+    Raises:
+        CompressionError: it is computed from others, tied, or has no shape yet.
+    """
+    if not (names := holders.get(id(weight.parameter))):
+        raise CompressionError(
+            f"the weight of {weight.name!r} is no parameter but computed from others, as weight_norm and prune of "
+            f"torch.nn.utils do it; remove that first."
+        )
+    if isinstance(weight.parameter, nn.UninitializedParameter):
+        raise CompressionError(f"{weight.name!r} has no shape yet; send one batch through the model first.")
+    if len(names) > 1:
+        raise CompressionError(
+            f"the weight of {weight.name!r} is tied: {' and '.join(names)} are one parameter. Give it up with "
+            f"exclude=[{weight.name!r}]."
+        )
 
 
 def _find(model: nn.Module) -> Iterator[Weight]:
