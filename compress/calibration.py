@@ -58,11 +58,15 @@ def batches_of(calibration: Calibration) -> list[tuple[Tensor, ...]]:
     return batches
 
 
+def training_inputs(data: Data, count: int, seed: int) -> list[Tensor]:
+    """Return batches of so many training inputs, fewer where there are not as many; a seed decides which."""
+    inputs, _ = next(data.train_batches(count, seed=seed, epoch=0, augment=False))
+    return [*inputs.split(_BATCH)]
+
+
 def _iterated(calibration: Calibration) -> Iterable[Any]:
     if isinstance(calibration, Data):
-        inputs: Tensor
-        inputs, _ = next(calibration.to("cpu").train_batches(IMAGES, seed=0, epoch=0, augment=False))
-        return list(inputs.split(_BATCH))
+        return training_inputs(calibration.to("cpu"), IMAGES, seed=0)
     if isinstance(calibration, Tensor):
         return [calibration]
     if isinstance(calibration, str | Mapping) or not isinstance(calibration, Iterable):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import CompressionError
+from compress.models import differentiable
 from search_spaces.channels import Channels, Group, Slot
 from search_spaces.tracing import switched, undisturbed
 
@@ -66,7 +67,7 @@ def _gradients(model: nn.Module, batch: tuple[Any, Any], loss: Loss | None) -> d
     inputs, targets = batch
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with switched(model, False), undisturbed(model), torch.enable_grad():
-        outputs = model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+        outputs = model(*(differentiable(model, x) for x in (inputs if isinstance(inputs, tuple) else (inputs,))))
         value = (loss or F.cross_entropy)(outputs, targets)
         if not bool(torch.isfinite(value)):
             raise CompressionError(f"the loss on the batch is {value.item()}, so gradients say nothing.")

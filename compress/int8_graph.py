@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.onnx_layers import Graph
+from compress.onnx_layers import Graph, GraphLayer
 
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 """How ranges of activations are found: the least and largest value seen; the range of the least Kullback-Leibler
@@ -62,8 +62,10 @@ def quantized(
 
     model = ModelProto()
     model.CopyFrom(graph.model)
+    layers = [*layers]
+    copies = {name: _copy_shared(model, graph.layers[name]) for name in layers}
     own = {"quant_type": QuantType.QUInt8, "symmetric": False, "reduce_range": reduce_range}
-    overrides = {graph.layers[name].initializer: [own] for name in asymmetric}
+    overrides = {initializer: [own] for name in asymmetric for initializer in copies[name]}
     quantizer = QDQQuantizer(
         model,
         per_channel,
@@ -79,6 +81,21 @@ def quantized(
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     return quantizer.model.model
+
+
+def _copy_shared(model: Any, layer: GraphLayer) -> list[str]:
+    """Give each node of a layer that is called several times a weight of its own; return their names.
+
+    Without VNNI, onnxruntime replaces int8 weights when it opens a file, and fails where two nodes share one.
+    """
+    (weight,) = (one for one in model.graph.initializer if one.name == layer.initializer)
+    nodes = [node for node in model.graph.node if node.name in layer.nodes]
+    names = [weight.name, *(f"{weight.name}.{i}" for i in range(1, len(nodes)))]
+    for name, node in zip(names[1:], nodes[1:], strict=True):
+        node.input[1] = name
+        model.graph.initializer.add().CopyFrom(weight)
+        model.graph.initializer[-1].name = name
+    return names
 
 
 def int8_nodes(graph: Graph, layers: Iterable[str]) -> list[str]:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from compress.calibration import training_inputs
 from compress.exporting import require_onnx
 from compress.joint import BITS
 from compress.layer_macs import macs
-from compress.policy_objective import FILE, MEASURED, calibration, images_of, measure
+from compress.policy_objective import FILE, MEASURED, images_of, measure
 from compress.pruning import masks
 from compress.storage import save
 from nasbench import profile
@@ -28,6 +29,7 @@ from nasbench.strategies import ONE_SHOT
 from search_spaces.base import Arch, Choices, SearchSpace
 
 if TYPE_CHECKING:
+    from compress.deployment import Deployer
     from compress.joint import JointSpace
 
 _CALIBRATION = 100  # training images
@@ -41,7 +43,7 @@ class JointObjective(Objective):
     and "macs" are of the weights that masks keep. A mask saves no bytes of a deployed file, which stores its zeros;
     "file_bytes", measured only where it is asked for, is what `compress.save` needs, which stores none.
 
-    A network that differs from one of the last 16 in bits alone is not trained again: it would get the same weights.
+    A network that differs from one of the last 16 in bits alone is neither trained nor exported again.
 
     Args:
         space: bound to the data.
@@ -82,7 +84,7 @@ class JointObjective(Objective):
             strategy = ONE_SHOT[space.one_shot]
             recipe = dataclasses.replace(recipe or strategy.recipe, **(changes or {}))
             self._float = SupernetObjective(space.space, data, strategy, recipe, seed=seed, device=device)
-        self._trained: dict[Arch, nn.Module] = {}
+        self._remembered: dict[Arch, tuple[nn.Module, Deployer]] = {}
 
     def settings(self) -> dict[str, Any]:
         """Return data, recipe, seed and metrics."""
@@ -112,13 +114,10 @@ class JointObjective(Objective):
 
     def __call__(self, arch: Arch, run: TrialRun) -> dict[str, float]:
         """Train, compress, deploy and measure one assignment."""
-        from compress.deployment import Deployer
-
         arch = self.key(arch)
-        network = self._network(arch, run)
+        network, deployer = self._ready(arch, run)
         run.check()
-        batches = calibration(self.data, _CALIBRATION, self.seed)
-        deployed = Deployer(network, batches).deploy(self.space.policy_of(arch, network))
+        deployed = deployer.deploy(self.space.policy_of(arch, network))
         metrics = measure(deployed, self.data, self.wanted) | self._cost(network)
         small = self.space.compressed(network, arch)
         if "file_bytes" in self.wanted:
@@ -129,22 +128,29 @@ class JointObjective(Objective):
             deployed.save(run.folder / FILE)
         return metrics
 
-    def _network(self, arch: Arch, run: TrialRun) -> nn.Module:
-        """Return the trained float network of a canonical assignment, on the CPU."""
+    def _ready(self, arch: Arch, run: TrialRun) -> tuple[nn.Module, Deployer]:
+        """Return the trained float network of a canonical assignment, and what deploys it."""
+        from compress.deployment import Deployer
+
         key = _untouched(arch)
-        network = self._trained.pop(key, None)
-        if network is None and isinstance(self._float, TrainObjective):
-            network, _ = self._float.trained(arch, self.seed, run)
-        elif network is None:
-            assert isinstance(self._float, SupernetObjective)
-            if self._float.training is None:
-                self.prepare(None, progress=False)
-            assert self._float.training is not None
-            network, _ = self._float.training.inherit(self.space.inner(arch))
-        self._trained[key] = network = network.cpu().eval()
-        for old in [*self._trained][:-_REMEMBERED]:
-            del self._trained[old]
-        return network
+        ready = self._remembered.pop(key, None)
+        if ready is None:
+            network = self._network(arch, run).cpu().eval()
+            run.check()
+            ready = network, Deployer(network, training_inputs(self.data, _CALIBRATION, self.seed))
+        self._remembered[key] = ready
+        for old in [*self._remembered][:-_REMEMBERED]:
+            del self._remembered[old]
+        return ready
+
+    def _network(self, arch: Arch, run: TrialRun) -> nn.Module:
+        """Return the trained float network of an assignment."""
+        if isinstance(self._float, TrainObjective):
+            return self._float.trained(arch, self.seed, run)[0]
+        if self._float.training is None:
+            self.prepare(None, progress=False)
+        assert self._float.training is not None
+        return self._float.training.inherit(self.space.inner(arch))[0]
 
     def _cost(self, network: nn.Module) -> dict[str, float]:
         """Return parameters and multiply-adds, but those that masks drop."""

@@ -124,3 +124,13 @@ def freeze_low_bit(module: nn.Module, attribute: str) -> None:
     steps[place] = step.frozen()
     steps.original.grad, steps.original.data = None, values
     steps.original.requires_grad_(False)
+
+
+def check_bits(bits: Any, what: str = "bits") -> None:
+    """Refuse a number of bits that weights cannot have.
+
+    Raises:
+        CompressionError: names `what` it is.
+    """
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise CompressionError(f"{what} is a whole number from 2 to 8, got {bits!r}.")

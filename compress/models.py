@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.errors import CompressionError
+from nasbench.devices import laid_out, layout_for
 from search_spaces.tracing import GrowthError, copied
 
 
@@ -55,6 +57,13 @@ def require_values(model: nn.Module) -> None:
         raise CompressionError(
             f"{type(model).__name__} is on the meta device, where weights have no values; build it for real."
         )
+
+
+def differentiable(model: nn.Module, x: Any) -> Any:
+    """Return inputs in a memory format in which a model's gradients are right: `nasbench.devices.layout_for`."""
+    if not isinstance(x, Tensor) or layout_for(model, x.device) == torch.channels_last:
+        return x
+    return laid_out(x, torch.contiguous_format)
 
 
 def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from compress.calibration import training_inputs
 from compress.errors import CompressionError
 from compress.exporting import require_onnx
 from compress.models import outputs_of
@@ -80,7 +81,7 @@ class PolicyObjective(Objective):
         if self._deployer is None:
             from compress.deployment import Deployer
 
-            batches = calibration(self.data, self.space.calibration, self.seed)
+            batches = training_inputs(self.data, self.space.calibration, self.seed)
             self._deployer = Deployer(self.space.model, batches)
 
     def __call__(self, arch: Arch, run: TrialRun) -> dict[str, float]:
@@ -104,12 +105,6 @@ def measure(deployed: Deployed, data: Data, wanted: Sequence[str]) -> dict[str, 
         latency = deployed.latency(profile.zeros(1, data.shape))
         metrics |= {"latency_ms": latency.median_ms, "latency_iqr_ms": latency.iqr_ms}
     return metrics
-
-
-def calibration(data: Data, count: int, seed: int) -> list[Tensor]:
-    """Return batches of so many training images, fewer where there are not as many; a seed decides which."""
-    images, _ = next(data.train_batches(count, seed=seed, epoch=0, augment=False))
-    return [*images.split(32)]
 
 
 def images_of(data: Data) -> Data:

@@ -14,7 +14,7 @@ from compress.density import Densities, check_density, densities
 from compress.errors import CompressionError
 from compress.low_bit import freeze_low_bit
 from compress.models import copy_of
-from compress.weights import prunable, weights
+from compress.weights import named, prunable, weights
 from search_spaces.arch import nearest
 from search_spaces.masks import attach, detach, keep_count, top_k_mask
 
@@ -163,16 +163,9 @@ def finalize(model: nn.Module, inplace: bool = False) -> nn.Module:
 
 def _counts(model: nn.Module, density: Mapping[str, float], exclude: Sequence[str]) -> dict[str, int]:
     """Return how many weights are kept in each layer that the mapping names."""
-    known = weights(model)
-    if not density:
-        raise CompressionError("density is an empty mapping; name at least one layer.")
     for name, share in density.items():
-        if name not in known:
-            raise CompressionError(f"density names {name!r}, which is no weight to prune; {nearest(name, known)}")
         check_density(share, f"density[{name!r}]")
-    left = prunable(model, [*exclude, *(name for name in known if name not in density)])
-    if gone := [name for name in density if name not in left]:
-        raise CompressionError(f"density names {gone[0]!r}, which is excluded too.")
+    left = named(model, density, exclude, "density", prunable)
     if isinstance(density, Densities) and density.sizes == {name: weight.size for name, weight in left.items()}:
         return dict(density.counts)  # whose sum is exact
     return {name: keep_count(density[name], weight.size) for name, weight in left.items()}

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from compress.errors import CompressionError
-from compress.low_bit import LowBit, attach_low_bit
+from compress.low_bit import LowBit, attach_low_bit, check_bits
 from compress.models import copy_of, require_values
-from compress.weights import Weight, chosen, holders_of, require_own_parameter, weights
+from compress.weights import Weight, chosen, holders_of, named, require_own_parameter, weights
 from search_spaces.arch import nearest
 from search_spaces.masks import Mask
 
@@ -150,7 +150,7 @@ class AffineGrid(LowBit):
         cls, bits: int, shape: tuple[int, ...], fields: Mapping[str, Any], arrays: Mapping[str, Tensor]
     ) -> AffineGrid:
         group, transposed = fields.get("group"), fields.get("transposed", 0)
-        check_bits(bits, "bits")
+        check_bits(bits)
         _check_group(group)
         if type(transposed) is not int or transposed < 0 or len(shape) < 2 or not math.prod(shape):
             raise CompressionError(f"a weight {shape} with transposed={transposed!r} has no grid.")
@@ -420,29 +420,11 @@ def _check(weight: Weight, holders: Mapping[int, list[str]]) -> None:
 def _widths(model: nn.Module, bits: int | Mapping[str, int], exclude: Sequence[str]) -> dict[str, int]:
     """Return the bits of each layer that gets few."""
     if not isinstance(bits, Mapping):
-        check_bits(bits, "bits")
+        check_bits(bits)
         return dict.fromkeys(quantizable(model, exclude), bits)
-    known = weights(model)
-    if not bits:
-        raise CompressionError("bits is an empty mapping; name at least one layer.")
     for name, width in bits.items():
-        if name not in known:
-            raise CompressionError(f"bits names {name!r}, which is no weight to quantize; {nearest(name, known)}")
         check_bits(width, f"bits[{name!r}]")
-    left = quantizable(model, [*exclude, *(name for name in known if name not in bits)])
-    if gone := [name for name in bits if name not in left]:
-        raise CompressionError(f"bits names {gone[0]!r}, which is excluded too.")
-    return {name: bits[name] for name in left}
-
-
-def check_bits(bits: Any, what: str) -> None:
-    """Refuse numbers of bits that no grid has.
-
-    Raises:
-        CompressionError: names `what` it is.
-    """
-    if type(bits) is not int or not 2 <= bits <= 8:
-        raise CompressionError(f"{what} is a whole number from 2 to 8, got {bits!r}.")
+    return {name: bits[name] for name in named(model, bits, exclude, "bits", quantizable)}
 
 
 def _check_group(group: Any) -> None:

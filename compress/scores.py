@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from compress.errors import CompressionError
-from compress.models import copy_of, require_values
+from compress.models import copy_of, differentiable, require_values
 from compress.weights import weights
 
 Scores = dict[str, Tensor]
@@ -235,7 +235,7 @@ def _gradients(
     device = parameters[0].device
     try:
         with torch.enable_grad():
-            value = loss(model(x.to(device)), y.to(device))
+            value = loss(model(differentiable(model, x.to(device))), y.to(device))
             return torch.autograd.grad(value, parameters, create_graph=create_graph, materialize_grads=True)
     except Exception as error:
         raise CompressionError(

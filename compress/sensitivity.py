@@ -15,9 +15,10 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from compress.errors import CompressionError
-from compress.models import copy_of
+from compress.low_bit import check_bits
+from compress.models import copy_of, differentiable
 from compress.packing import packed_size
-from compress.quantization import FakeQuantize, Group, check_bits, check_settings, fake_quantize, quantizable
+from compress.quantization import FakeQuantize, Group, check_settings, fake_quantize, quantizable
 from compress.tables import aligned
 from compress.weights import weights
 from nasbench.batches import Batch, Data
@@ -219,7 +220,7 @@ def sensitivities(
     if not tried:
         raise CompressionError("bits is empty; name at least one number of bits, 2 to 8.")
     for width in tried:
-        check_bits(width, "bits")
+        check_bits(width)
     check_settings(group, scale)
     if method == "hessian" and probes < 2:
         raise CompressionError(f"a standard error takes at least 2 probes, got {probes}.")
@@ -330,7 +331,7 @@ def _nbytes(step: FakeQuantize) -> int:
 def _loss(model: nn.Module, batch: Batch, criterion: Loss) -> tuple[Tensor, Any]:
     x, y = batch
     try:
-        outputs = model(x)
+        outputs = model(differentiable(model, x))
         value = criterion(outputs, y)
     except Exception as error:
         raise CompressionError(

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from compress.errors import CompressionError
 from compress.layer_macs import Example, Macs, assumed_input, macs
-from compress.low_bit import LowBit, attach_low_bit
+from compress.low_bit import LowBit, attach_low_bit, check_bits
 from compress.models import copy_of, require_values
 from compress.shift_conversion import conversions, rescale
-from compress.weights import prunable, weights
+from compress.weights import named, prunable, weights
 from search_spaces.arch import nearest
 
 INITS = ("scratch", "low_variance", "convert")
@@ -173,16 +173,6 @@ class DenseShift(ShiftGrid):
         return ShiftGrid(self.bits)
 
 
-def check_bits(bits: Any) -> None:
-    """Refuse a number of bits that a shift grid cannot have.
-
-    Raises:
-        CompressionError: it is none from 2 to 8.
-    """
-    if type(bits) is not int or not 2 <= bits <= 8:
-        raise CompressionError(f"a shift weight has 2 to 8 bits, a sign and an exponent, got bits={bits!r}.")
-
-
 def dense_shift(
     model: nn.Module,
     bits: int | Mapping[str, int] = 3,
@@ -299,14 +289,6 @@ def _inputs(model: nn.Module, example: Example | None) -> tuple[Any, ...]:
 
 
 def _named(model: nn.Module, bits: Mapping[str, int], exclude: Sequence[str]) -> dict[str, int]:
-    known = weights(model)
-    if not bits:
-        raise CompressionError("bits is an empty mapping; name at least one layer.")
     for name, own in bits.items():
-        check_bits(own)
-        if name not in known:
-            raise CompressionError(f"bits names {name!r}, which is no weight of the model; {nearest(name, known)}")
-    left = prunable(model, [*exclude, *(name for name in known if name not in bits)])
-    if gone := [name for name in bits if name not in left]:
-        raise CompressionError(f"bits names {gone[0]!r}, which is excluded too.")
-    return {name: bits[name] for name in left}
+        check_bits(own, f"bits[{name!r}]")
+    return {name: bits[name] for name in named(model, bits, exclude, "bits", prunable)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.errors import CompressionError
-from compress.shift import check_bits
+from compress.low_bit import check_bits
 
 _INTEGER_BITS = 5  # of codes for integer inputs: shifts up to 15, so that int64 holds sums of any layer of int32 inputs
 

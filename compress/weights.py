@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -136,6 +137,34 @@ def chosen(model: nn.Module, exclude: Sequence[str], purpose: str) -> dict[str, 
             left.pop(own, None)
     if not left:
         raise CompressionError(f"all {len(found)} weights are excluded, so there is nothing to {purpose}.")
+    return left
+
+
+def named(
+    model: nn.Module,
+    values: Mapping[str, Any],
+    exclude: Sequence[str],
+    what: str,
+    select: Callable[[nn.Module, Sequence[str]], dict[str, Weight]],
+) -> dict[str, Weight]:
+    """Return the weights that a mapping from names to values is about, in the order of the modules.
+
+    Args:
+        what: the argument that the mapping is, for messages: "density".
+        select: `prunable` or another that takes a model and excluded names.
+
+    Raises:
+        CompressionError: the mapping is empty, or names no weight or an excluded one.
+    """
+    known = weights(model)
+    if not values:
+        raise CompressionError(f"{what} is an empty mapping; name at least one layer.")
+    for name in values:
+        if name not in known:
+            raise CompressionError(f"{what} names {name!r}, which is no weight of the model; {nearest(name, known)}")
+    left = select(model, [*exclude, *(name for name in known if name not in values)])
+    if gone := [name for name in values if name not in left]:
+        raise CompressionError(f"{what} names {gone[0]!r}, which is excluded too.")
     return left
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from nasbench import memory, training
 from nasbench.checkpoint import FORMAT, check_identity, check_writable, layers_of, read
 from nasbench.data import Data, keyed_generator
+from nasbench.devices import laid_out, lay_out, layout_for
 from nasbench.errors import CheckpointError, SettingError, TrainingDiverged
 from nasbench.files import atomic_write
 from nasbench.ranks import Ranks
@@ -82,8 +83,8 @@ class SupernetTraining:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.supernet = space.supernet(**strategy.supernet()).to(self.device)
-        if recipe.channels_last:
-            self.supernet.to(memory_format=torch.channels_last)
+        self._layout = layout_for(self.supernet, self.device) if recipe.channels_last else torch.contiguous_format
+        lay_out(self.supernet, self._layout)
         self._layers = layers_of(self.supernet)  # before a phase changes them
         self.phases = strategy.phases(recipe)
         self._enter(self.phases[0])
@@ -169,9 +170,9 @@ class SupernetTraining:
         batches = self.data.train_batches(size, seed=self.seed, epoch=epoch, **settings)
         others = None
         if self.held is not None and phase.architecture and epoch >= self._first_architecture_epoch:
-            others = self.held.train_batches(size, seed=self.seed + 1, epoch=epoch, **settings)
+            others = self._laid_out(self.held.train_batches(size, seed=self.seed + 1, epoch=epoch, **settings))
         sums = torch.zeros(3, device=self.device)  # loss, hits, loss on the other half
-        for step, train in enumerate(batches):
+        for step, train in enumerate(self._laid_out(batches)):
             rng = keyed_generator(self.seed, epoch, step)
             self._set_rate(epoch * steps + step, steps)
             if others is not None:
@@ -207,6 +208,9 @@ class SupernetTraining:
         self._watch_for_collapse()
         if rank == 0:
             self.save()
+
+    def _laid_out(self, batches: Iterator[bilevel.Batch]) -> Iterator[bilevel.Batch]:
+        return ((laid_out(x, self._layout), y) for x, y in batches)
 
     def _mix(self, epoch: int, rng: torch.Generator) -> bilevel.Mix:
         progress = epoch / max(1, self.recipe.epochs - 1)
@@ -298,7 +302,8 @@ class SupernetTraining:
     def _eigenvalue(self, epoch: int) -> float:
         assert self.held is not None
         rng = keyed_generator(self.seed, epoch)
-        batch = next(iter(self.held.train_batches(self.recipe.batch_size, seed=self.seed, epoch=0, augment=False)))
+        images = self.held.train_batches(self.recipe.batch_size, seed=self.seed, epoch=0, augment=False)
+        batch = next(self._laid_out(images))
         return bilevel.dominant_eigenvalue(self.supernet, self._mix(epoch, rng), list(self.logits.values()), batch, rng)
 
     @property

@@ -25,7 +25,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from nasbench.checkpoint import Saver, check_identity, check_writable, identity_of, read, restore
-from nasbench.devices import pick_device
+from nasbench.devices import laid_out, lay_out, layout_for, pick_device
 from nasbench.errors import SettingError, TrainingDiverged
 from nasbench.profile import zeros
 from nasbench.recipe import Recipe, is_number
@@ -108,6 +108,7 @@ class Run:
     _seen: int = 0  # batches summed up below, all of one epoch
     _loss_sum: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
     _hit_sum: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
+    _layout: torch.memory_format = torch.channels_last
 
     @property
     def epoch(self) -> int:
@@ -191,7 +192,8 @@ def fit(
 
     with torch.random.fork_rng([place.index] if place.type == "cuda" else []):
         _reseed(place, seed, rank, "start")
-        _prepare(model, data, recipe, place)
+        layout = layout_for(model, place) if recipe.channels_last else torch.contiguous_format
+        _prepare(model, data, recipe, place, layout)
         drops = _drop_paths(model) if recipe.drop_path else []
         run = Run(
             model=model,
@@ -206,6 +208,7 @@ def fit(
             world=world,
             _loss_sum=torch.zeros((), device=place),
             _hit_sum=torch.zeros((), device=place),
+            _layout=layout,
         )
         identity = identity_of(run) if file is not None else {}
         if stored is not None and file is not None:
@@ -299,8 +302,7 @@ def _one_step(
         group["lr"] = rate
         parameters += group["params"]
     x, y = x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
-    if not recipe.channels_last:
-        x = x.contiguous()
+    x = laid_out(x, run._layout)
     for parameter in parameters:
         parameter.grad = None
     with torch.autocast(run.device.type, torch.bfloat16) if _autocast(recipe, run.device) else nullcontext():
@@ -389,14 +391,11 @@ def _autocast(recipe: Recipe, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _prepare(model: nn.Module, data: Data, recipe: Recipe, device: torch.device) -> None:
+def _prepare(model: nn.Module, data: Data, recipe: Recipe, device: torch.device, layout: torch.memory_format) -> None:
     """Move the model where it trains, and see that it and the recipe fit the data."""
     data.train_batches(recipe.batch_size, seed=0, epoch=0, cutout=recipe.cutout)
     model.to(device)
-    if recipe.channels_last:
-        for parameter in model.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    lay_out(model, layout)
     x = zeros(2, data.shape, device)
     expected = (2, data.classes, *data.shape) if len(data.shape) == 1 else (2, data.classes)
     try:

@@ -243,7 +243,7 @@ def test_bad_lines_say_what_is_wrong_and_write_nothing(
     assert "'lr' is no setting. Write KEY=VALUE" in error(*study, "0.1", "--epochs", "1", "--set", "lr")
     assert "there is no data/none.npz" in error(*study, "0.1", "--data", "data/none.npz")
     compressed = ("--folder", runs, "--data", "digits")
-    assert "a shift weight has 2 to 8 bits" in said(capsys, "shift", STUDY, *compressed, "--bits", "9", status=2)
+    assert "bits is a whole number from 2 to 8" in said(capsys, "shift", STUDY, *compressed, "--bits", "9", status=2)
     assert "there is no init 'zero'" in said(capsys, "shift", STUDY, *compressed, "--init", "zero", status=2)
     assert "--init scratch forgets" in said(capsys, "shift", STUDY, *compressed, "--init", "scratch", status=2)
     for wrong, text in (

@@ -114,7 +114,7 @@ def test_all_int8_is_plain_static_quantization_bit_for_bit(deployer: Deployer) -
     quantize_static("float.onnx", "int8.onnx", Reader(), per_channel=True, **kinds)
     deployed = deployer.deploy(threads=1)
     x = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(deployed(x), run("int8.onnx", x))
+    assert torch.equal(run(str(deployed.save("own.onnx")), x), run("int8.onnx", x))
     assert torch.equal(deployer.deploy(dict.fromkeys(LAYERS, "int8"), threads=1)(x), deployed(x))
     assert deployed.policy == dict.fromkeys(LAYERS, "int8") | {"unused": "float32"}
     assert list(deployed.kept_float) == ["unused"]

@@ -39,10 +39,11 @@ def data() -> Data:
     return nb.data.load("digits")
 
 
-class Simulated:
+class Simulated(nn.Module):
     """A deployment without ONNX: quick, for tests of the search around it."""
 
     def __init__(self, model: nn.Module, calibration: Any) -> None:
+        super().__init__()
         self.model = model
 
     def deploy(self, policy: dict[str, str]) -> Any:
@@ -52,7 +53,7 @@ class Simulated:
         self.model = apply_policy(self.model, policy).eval()
         return self
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(x)
         return logits
 

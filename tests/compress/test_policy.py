@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import nasbench as nb
+from compress.calibration import training_inputs
 from compress.errors import CompressionError
 from compress.policy import PolicySpace, apply_policy, check_policy, load_policy, options_of, save_policy
-from compress.policy_objective import PolicyObjective, calibration
+from compress.policy_objective import PolicyObjective
 from compress.pruning import masks, prune
 from nasbench.data import Data
 from nasbench.errors import ResumeError, SettingError
@@ -296,14 +297,14 @@ def test_latency_is_measured_where_it_is_asked_for(space: PolicySpace, data: Dat
 
 
 def test_calibration_reads_training_images(space: PolicySpace, data: Data) -> None:
-    batches = calibration(data, 100, seed=0)
+    batches = training_inputs(data, 100, seed=0)
     images = torch.cat(batches)
     assert len(images) == 100
     rows = {image.numpy().tobytes() for image in images}
     train = {x.numpy().tobytes() for batch, _ in data.eval_batches("train") for x in batch}
     assert rows <= train
-    assert len(torch.cat(calibration(data, 10**6, seed=0))) == data.count("train")
-    other = torch.cat(calibration(data, 100, seed=1))
+    assert len(torch.cat(training_inputs(data, 10**6, seed=0))) == data.count("train")
+    other = torch.cat(training_inputs(data, 100, seed=1))
     assert not torch.equal(images, other)
 
 

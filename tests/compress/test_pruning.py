@@ -507,7 +507,7 @@ def test_channels_are_removed_if_structured() -> None:
     [
         *(({"density": d}, "share of the weights that are kept") for d in (0, 1.1, -1, math.nan, True, "0.5")),
         ({"density": {"head": 2.0}}, r"in \(0, 1\], got density\['head'\]=2.0"),
-        ({"density": {"haed": 0.5}}, "density names 'haed', which is no weight to prune; did you mean 'head'"),
+        ({"density": {"haed": 0.5}}, "density names 'haed', which is no weight of the model; did you mean 'head'"),
         ({"density": {}}, "density is an empty mapping"),
         ({"density": {"head": 0.5}, "distribution": "erk"}, "distribution='erk' has no meaning"),
         ({"density": {"head": 0.5}, "exclude": ["head"]}, "all 5 weights are excluded"),
