@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 import nasbench as nb
+from compress.errors import CompressionError
 from compress.named_models import data_of, example_of, network
 from compress.reporting import report
 from compress.storage import read, save
 from compress.subjects import is_deployed
 from nasbench.cli import read_settings
 from nasbench.data import Data
+from nasbench.recipe import Recipe
 
 _NEED_IMAGES = ("snip", "grasp", "taylor")
 _BATCH = 128  # training images that these score weights by
@@ -112,8 +115,8 @@ def run_distill(options: argparse.Namespace) -> None:
     ).cpu()
     taught = ", ".join(_accuracy(teacher, data) for teacher in teachers)
     print(
-        f"validation accuracy: {_accuracy(student, data)} before, {_accuracy(distilled, data)} after {options.epochs} "
-        f"epochs; of the teachers {taught}"
+        f"validation accuracy: {_accuracy(student, data)} before, {_accuracy(distilled, data)} after "
+        f"{_epochs(options.epochs)}; of the teachers {taught}"
     )
     save(distilled, options.out)
     print(report(distilled, example=example, baseline=teachers[0]))
@@ -123,9 +126,15 @@ def run_distill(options: argparse.Namespace) -> None:
 def run_report(options: argparse.Namespace) -> None:
     """Say what files hold, side by side if there are several."""
     for file in options.files:  # says now, and not after the data are loaded, if there is no such file
-        if not is_deployed(file) or not Path(file).is_file():
+        if not Path(file).exists():
+            raise CompressionError(
+                f"cannot read {file}: there is no such file. Give files of `nasbench compress` or compress.save, or a "
+                "deployed .onnx; a study is given as --baseline."
+            )
+        if not is_deployed(file):
             read(file)
     known = options.shape is not None or options.data is not None
+    _check_plot(options)
     baseline = network(options.baseline, options)[0] if options.baseline else None
     data = data_of(options)
     example = example_of(options, data) if known else None
@@ -148,14 +157,15 @@ def _given(options: argparse.Namespace, needs: str = "") -> tuple[nn.Module, Dat
     Args:
         needs: what needs data, if not only --epochs.
     """
-    read_settings(options.set)
+    needs = needs or ("--epochs" if options.epochs else "")
+    _check_training(options, bool(needs))
+    _check_out(options)
     model, data = network(options.model, options)
     data = data_of(options) or data
-    example = example_of(options, data)
-    nb.measure(model, example.shape[1:])  # says now, and not after the training, if the network takes no such input
-    needs = needs or ("--epochs" if options.epochs else "")
     if needs and data is None:
         raise nb.SettingError(f"{needs} needs images to learn from: give --data.")
+    example = example_of(options, data)
+    nb.measure(model, example.shape[1:])  # says now, and not after the training, if the network takes no such input
     return model, data, example
 
 
@@ -168,7 +178,7 @@ def _finish(
         if options.epochs:
             recipe = read_settings(options.set)
             nb.fit(small, data, epochs=options.epochs, seed=options.seed, device=options.device, **recipe).cpu()
-            told += f", {_accuracy(small, data)} after {options.epochs} more epochs"
+            told += f", {_accuracy(small, data)} after {_epochs(options.epochs, 'more ')}"
         print(told)
     save(small, options.out)
     print(report(options.out, example=example, baseline=model))
@@ -187,6 +197,8 @@ def _deploy(options: argparse.Namespace, model: nn.Module, data: Data | None, ex
     print(f"validation accuracy: {_accuracy(model, data)} before, {_accuracy(deployed, data)} deployed")
     deployed.save(out)
     print(report(out, example=example, baseline=model))
+    counts = Counter(deployed.policy.values())
+    print(f"layers: {', '.join(f'{count} {option}' for option, count in counts.items())}")
     for name, reason in deployed.kept_float.items():
         print(f"{name} stays float: {reason}")
     print(f"written to {out}")
@@ -207,7 +219,44 @@ def _check_quantize(options: argparse.Namespace) -> None:
         raise nb.SettingError(f"{given[0]} has no meaning with {other}: a policy says it for each layer.")
     if options.int8 and options.epochs:
         raise nb.SettingError("--int8 calibrates a trained network and trains nothing; leave out --epochs.")
+    if options.learned_step and not options.epochs:
+        raise nb.SettingError("--learned-step learns while it trains: give --epochs.")
     _group(options.group)
+
+
+def _check_training(options: argparse.Namespace, trains: bool) -> None:
+    """Refuse a bad recipe now, and not when the training begins."""
+    settings = read_settings(options.set)
+    for name in ("epochs", "seed", "device"):
+        if name in settings:
+            raise nb.SettingError(f"--set {name}={settings[name]} is no field to set: give --{name} {settings[name]}.")
+    if trains:
+        Recipe().replace(epochs=options.epochs, **settings)
+    elif settings:
+        raise nb.SettingError("--set changes how --epochs trains, and nothing is trained: give --epochs.")
+
+
+def _check_out(options: argparse.Namespace) -> None:
+    """Refuse an ending that says another kind of file than what is written."""
+    int8 = getattr(options, "int8", False)
+    if options.out is not None and is_deployed(options.out) != int8:
+        fits = "an ONNX file, which ends in .onnx" if int8 else "a safetensors file, and .onnx is for --int8"
+        raise nb.SettingError(f"--out {options.out}: what is written is {fits}. Give another name.")
+
+
+def _check_plot(options: argparse.Namespace) -> None:
+    """Refuse a plot that cannot be drawn, before anything is measured."""
+    if options.plot is None:
+        return
+    if options.data is None and (options.baseline is None or options.shape is None):
+        raise nb.SettingError(
+            "--plot draws accuracy, or differences of outputs, over size: give --data, or --baseline and --shape."
+        )
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kind = Path(options.plot).suffix.lstrip(".").lower()
+    if kind and kind not in FigureCanvasBase.filetypes:
+        raise nb.SettingError(f"--plot {options.plot}: there are no .{kind} pictures; give .png, .pdf or .svg.")
 
 
 def _group(word: str | None) -> Any:
@@ -216,6 +265,10 @@ def _group(word: str | None) -> Any:
     if not word.isdecimal() or not int(word):
         raise nb.SettingError(f"--group {word}: give a number of weights, such as 64, or tensor.")
     return int(word)
+
+
+def _epochs(count: int, which: str = "") -> str:
+    return f"{count} {which}epoch{'s' if count > 1 else ''}"
 
 
 def _accuracy(model: nn.Module, data: Data) -> str:

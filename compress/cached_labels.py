@@ -27,6 +27,7 @@ from nasbench.batches import Batch, Data
 from nasbench.files import atomic_write
 from nasbench.recipe import Recipe, is_number
 from nasbench.training import device_of
+from search_spaces.layouts import laid_out
 
 VERSION = 1
 _FOR = ("data", "split", "seed", "batch_size", "augment", "cutout", "temperature")  # must be the same in training
@@ -217,10 +218,21 @@ def check_teachers(teachers: Teachers, data: Data, recipe: Recipe, seed: int, sp
 
 
 def _inputs(data: Data, recipe: Recipe, seed: int, split: str, epoch: int) -> Iterator[Tensor]:
-    """Yield what `nasbench.fit` gives a network in one epoch."""
+    """Yield what teachers see in one epoch of `nasbench.fit`."""
     settings: dict[str, Any] = {"augment": recipe.augment, "cutout": recipe.cutout, "split": split}
     for x, _ in data.train_batches(recipe.batch_size, seed=seed, epoch=epoch, **settings):
-        yield x if recipe.channels_last else x.contiguous()
+        yield for_teachers(x, recipe)
+
+
+def for_teachers(x: Tensor, recipe: Recipe) -> Tensor:
+    """Return images in the memory format that the recipe names; the student may have another.
+
+    The last bits of what teachers say depend on it, and cached labels have to be those of live teachers.
+    """
+    if x.ndim != 4 or not recipe.channels_last:
+        return laid_out(x, torch.contiguous_format)
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    return rows.flatten().view(rows.shape).permute(0, 3, 1, 2)  # the very strides, also of a single channel
 
 
 def _purpose(data: Data, recipe: Recipe, seed: int, split: str, temperature: float) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _add_quantize(actions: argparse._SubParsersAction[Any]) -> None:
         "--group", help="weights that share a scale: a number, or tensor; default: those of a channel"
     )
     quantize.add_argument("--asymmetric", action="store_true", help="values need not be symmetric around zero")
-    quantize.add_argument("--learned-step", action="store_true", help="learn the scales in --epochs")
+    quantize.add_argument("--learned-step", action="store_true", help="learn the scales, too, in --epochs")
     quantize.add_argument(
         "--int8", action="store_true", help="write an ONNX file that computes in int8, calibrated on training images"
     )
@@ -102,7 +102,9 @@ def _add_distill(actions: argparse._SubParsersAction[Any]) -> None:
     distill.add_argument(
         "--mode", default="off", help="of the discriminator: off, joint, reversed, alternate; default: off"
     )
-    distill.add_argument("--temperature", type=float, default=1.0)
+    distill.add_argument(
+        "--temperature", type=float, default=1.0, help="by which logits are divided: above 1 softer; default: 1"
+    )
     distill.add_argument("--hard", type=float, default=0.0, help="share of the labels in the loss; default: 0")
     _training_options(distill, "distilled.safetensors", "train so long; default: 10", epochs=10)
     _model_options(distill)
@@ -121,7 +123,9 @@ def _add_report(actions: argparse._SubParsersAction[Any]) -> None:
         "reported",
     )
     report.add_argument("--baseline", metavar="MODEL", help=f"the original to compare with: {_MODEL}")
-    report.add_argument("--plot", metavar="PATH", help="draw accuracy, or difference, over bytes and latency")
+    report.add_argument(
+        "--plot", metavar="PATH", help="draw accuracy over bytes and latency; without --data the difference"
+    )
     report.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     _model_options(report, "")
     report.set_defaults(run=_run("report"))
@@ -138,9 +142,11 @@ def _training_options(parser: argparse.ArgumentParser, out: str | None, help_: s
         "--out", default=out, help=f"the file to write; default: {out or 'quantized.safetensors, or quantized.onnx'}"
     )
     parser.add_argument("--epochs", type=int, default=epochs, help=help_)
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="fields of the recipe of --epochs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="where --epochs trains")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="fields of the recipe of --epochs, such as lr=0.02"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn; default: 0")
+    parser.add_argument("--device", default="auto", help="where --epochs trains; default: a GPU if there is one")
 
 
 def _model_options(parser: argparse.ArgumentParser, note: str = "; default: as in the study") -> None:

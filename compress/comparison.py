@@ -27,8 +27,10 @@ _COLUMNS = {  # heading: number, how it is written
     "difference": ("max_difference", ".3g"),
     "val_accuracy": ("val_accuracy", ".4f"),
 }
-_PLACES = [(0, 8), (0, -8), (6, 8), (-6, 8), (6, -8), (-6, -8), (6, 0), (-6, 0), (0, 18), (0, -18)]
-"""Where a label may be, in points from its own: the first that is free."""
+_PLACES = [(0, 8), (0, -8), (6, 8), (-6, 8), (6, -8), (-6, -8), (6, 0), (-6, 0)]
+_PLACES += [(x, y) for far in range(18, 100, 10) for x in (0, far, -far) for y in (far, -far)]
+"""Where a label may be, in points from its own: the first that is free. A line leads to those far away."""
+_LONGEST = 32  # letters of a label; of a longer name the middle is left out
 
 
 @dataclass(frozen=True)
@@ -136,11 +138,17 @@ def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform([*points.values()])]
     for name, point in points.items():
         style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7.5, "color": MUTED}
+        if len(name) > _LONGEST:
+            name = f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 :]}"
         for place in _PLACES:
             side = {-1: "right", 0: "center", 1: "left"}[(place[0] > 0) - (place[0] < 0)]
             text = axes.annotate(plain(name), point, place, ha=side, **style)
             box = text.get_window_extent()
-            if place == _PLACES[-1] or not (box.count_overlaps(taken) or box.x0 < inside.x0 or box.x1 > inside.x1):
+            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            if place == _PLACES[-1] or (fits and not box.count_overlaps(taken)):
                 taken.append(box)
+                if max(map(abs, place)) > 10:
+                    line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 5, "shrinkB": 3}
+                    axes.annotate("", point, place, textcoords="offset points", arrowprops=line)
                 break
             text.remove()

@@ -85,6 +85,9 @@ class Deployed(nn.Module):
     def save(self, path: str | Path) -> Path:
         """Write the file, whole or not at all, and return its path. onnxruntime alone runs it, without torch.
 
+        Where int8 is run by x86 processors without VNNI, give its session what this class gives its own, or sums
+        overflow: ``options.add_session_config_entry("session.x64quantprecision", "1")``.
+
         Raises:
             OSError: it cannot be written.
         """
@@ -143,7 +146,7 @@ class Deployed(nn.Module):
         if len(inputs) != len(self._inputs) or not all(isinstance(x, Tensor) for x in inputs):
             given = ", ".join(type(x).__name__ for x in inputs)
             raise CompressionError(f"the network takes {len(self._inputs)} tensors, got {given or 'nothing'}.")
-        return {name: x.detach().cpu().numpy() for name, x in zip(self._inputs, inputs, strict=True)}
+        return {name: x.detach().cpu().contiguous().numpy() for name, x in zip(self._inputs, inputs, strict=True)}
 
     def _run(self, feed: dict[str, Any]) -> list[Any]:
         try:

@@ -135,10 +135,11 @@ class Deployer:
         """Return the model under a policy; arguments are those of `to_int8`.
 
         Raises:
-            CompressionError: the policy names an unknown layer or option.
+            CompressionError: the policy names an unknown layer or option, or the threads are no number of them.
         """
         from onnx import ModelProto, helper
 
+        check_threads(threads)
         chosen, kept = self._options(policy)
         parsed = {name: parse(option) for name, option in chosen.items() if option != FLOAT}
         int8 = {name: mode for name, (kind, _, mode) in parsed.items() if kind == _INT8}
@@ -148,7 +149,7 @@ class Deployer:
         else:
             file = ModelProto()
             file.CopyFrom(self._graph.model)
-        for name in parsed.keys() - int8.keys():
+        for name in (name for name in parsed if name not in int8):  # in one order, for one file
             put(file, self._graph.layers[name], self._code(name, chosen[name]))
         strip(file)
         del file.graph.value_info[:]

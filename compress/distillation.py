@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress.cached_labels import SoftLabels, check_teachers, require_data, require_temperature
+from compress.cached_labels import SoftLabels, check_teachers, for_teachers, require_data, require_temperature
 from compress.discriminators import MODES, Adversary
 from compress.errors import CompressionError
-from compress.models import copy_of, require_module
-from compress.stages import Stage, as_stages, outputs
+from compress.models import copy_of, require_values
+from compress.stages import Stage, as_stages, given, outputs
 from compress.teachers import Teacher, Teachers, mean_probabilities
 from nasbench.batches import Data, keyed_generator
 from nasbench.devices import pick_device
@@ -183,7 +183,7 @@ def distill(
         raise CompressionError("label_smoothing has no use where teachers give soft labels; leave it 0.")
     if recipe.auxiliary and not hard:
         raise CompressionError("an auxiliary head learns from labels; leave auxiliary=0, or give hard= a value.")
-    require_module(student)
+    require_values(student)
     source: Teachers | SoftLabels
     if labels is not None:
         if teachers is not None:
@@ -241,7 +241,7 @@ class _Distillation(Callback):
         if self._ensemble == "random":
             draw = torch.randint(len(chosen), (), generator=keyed_generator(run.seed, run.step, 0, 0))
             chosen = chosen[int(draw) : int(draw) + 1]
-        said, stage_losses, pairs = self._ask(x, chosen)
+        said, stage_losses, pairs = self._ask(for_teachers(x, run.recipe), chosen)
         loss = distillation_loss(logits, mean_probabilities(said, self._temperature), self._temperature, self._hard, y)
         for part in stage_losses:
             loss = loss + part
@@ -262,12 +262,14 @@ class _Distillation(Callback):
             with outputs(self._source.all[index], list(names.values())) as found:  # type: ignore[arg-type]
                 said += self._source.logits(x, index)
             for layer, name in names.items():
-                theirs[layer].append(self._stages[layer].pooled(found[name].to(x.device)))
+                output = given(found, name, f"teacher {index + 1}")
+                theirs[layer].append(self._stages[layer].pooled(output.to(x.device)))
         losses, pairs = [], []
         for layer, stage in self._stages.items():
-            own = stage.pooled(self._features.pop(layer))
+            own = stage.pooled(given(self._features, layer, "the student"))
             losses.append(torch.stack([stage.loss(own, other) for other in theirs[layer]]).mean())
             pairs.append((own, _mean(theirs[layer])))
+        self._features.clear()
         return said, losses, pairs
 
     def on_backward(self, run: Run) -> None:

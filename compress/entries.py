@@ -29,7 +29,7 @@ def encode(name: str, slot: Slot) -> tuple[Entry, Parts]:
     """Return the entry of a parameter or buffer and its arrays, by the names they have in the file.
 
     Raises:
-        CompressionError: it has no numbers.
+        CompressionError: it has no numbers, or of few bits it is not float32 or not on its grid.
     """
     if is_lazy(slot.tensor) or slot.tensor.is_meta or slot.tensor.layout != torch.strided:
         raise CompressionError(f"{name!r} has no numbers to store (a meta, lazy or sparse tensor): give it some first.")
@@ -42,7 +42,14 @@ def encode(name: str, slot: Slot) -> tuple[Entry, Parts]:
         entry["channels_last"] = True  # on which the last bits of a convolution depend
     kept = None if slot.mask is None else slot.mask.cpu().contiguous()
     if slot.low_bit is not None:
-        own, parts = _encode_codes(name, tensor, kept, slot.low_bit.frozen())
+        if tensor.dtype != torch.float32:
+            raise CompressionError(
+                f"{name!r} has few bits and is {tensor.dtype}; call model.float() before it is saved."
+            )
+        try:
+            own, parts = _encode_codes(name, tensor, kept, slot.low_bit.frozen())
+        except CompressionError as error:
+            raise CompressionError(f"{name!r}: {error}") from None
     else:
         own, parts = _encode_values(name, tensor.cpu().clone(memory_format=torch.contiguous_format), kept)
     return entry | own, parts
@@ -93,8 +100,6 @@ def _encode_values(name: str, tensor: Tensor, mask: Tensor | None) -> tuple[Entr
 
 
 def _encode_codes(name: str, weight: Tensor, mask: Tensor | None, step: LowBit) -> tuple[Entry, Parts]:
-    if weight.dtype != torch.float32:
-        raise CompressionError(f"{name!r} has few bits and is {weight.dtype}; call model.float() before it is saved.")
     entry: Entry = {"encoding": "codes", "kind": step.kind, "bits": step.bits, "shape": list(weight.shape)}
     if fields := step.fields():
         entry["grid"] = fields

@@ -42,8 +42,8 @@ def export(model: nn.Module, path: str | Path, *, example: Example) -> float:
 
     Raises:
         ImportError: the packages of the extra `deploy` are not installed.
-        CompressionError: the model cannot be exported with a free batch size, has 2 GiB or more, or the file computes
-            something else than the model.
+        CompressionError: the model cannot be exported with a free batch size, has 2 GiB or more, or onnxruntime cannot
+            run the file, or computes something else than the model.
         OSError: the file cannot be written.
 
     Example:
@@ -119,9 +119,15 @@ def _traced(model: nn.Module, inputs: tuple[Tensor, ...]) -> ONNXProgram:
 def _run(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    given: dict[str, Any] = {put.name: x.numpy() for put, x in zip(session.get_inputs(), inputs, strict=True)}
-    return [torch.from_numpy(y) for y in session.run(None, given)]
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        given: dict[str, Any] = {put.name: x.numpy() for put, x in zip(session.get_inputs(), inputs, strict=True)}
+        return [torch.from_numpy(y) for y in session.run(None, given)]
+    except Exception as error:  # onnxruntime has a class for each code, and no common one
+        raise CompressionError(
+            f"onnxruntime {onnxruntime.__version__} cannot run the exported model: {error} It needs float32 weights "
+            "and inputs for most operators."
+        ) from error
 
 
 def _difference(wanted: list[Tensor], found: list[Tensor]) -> float:

@@ -130,7 +130,7 @@ def fill(model: nn.Module, stored: Mapping[str, Stored], path: str | Path) -> No
         path: where they come from, for messages.
 
     Raises:
-        CompressionError: the model has other tensors, or a layer that has no such sizes.
+        CompressionError: the model has other tensors, or a layer that has no such sizes, or no such numbers.
     """
     _make_plain(model)
     slots = slots_of(model)
@@ -149,6 +149,11 @@ def fill(model: nn.Module, stored: Mapping[str, Stored], path: str | Path) -> No
     taken: set[str] = set()
     for name, slot in slots.items():
         new = stored[name]
+        if _counts(slot.tensor) != _counts(new.tensor):
+            raise CompressionError(
+                f"{name!r} is {new.tensor.dtype} in the file and {slot.tensor.dtype} in the module, which is another "
+                "kind of number. Give the network that was saved."
+            )
         if id(slot.tensor) not in filled:
             filled[id(slot.tensor)] = _filled(slot.tensor, new.tensor, own=new.fresh and new.root not in taken), new
             taken.add(new.root)
@@ -189,6 +194,10 @@ def _filled(old: Tensor, values: Tensor, own: bool) -> Tensor:
     old.grad = None
     old.data = values.to(old.device, copy=not own)
     return old
+
+
+def _counts(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _listed(names: Set[str]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from compress.deployed import Deployed
+from compress.errors import CompressionError
 from compress.exporting import require_onnx
 from compress.filling import Stored
 from compress.storage import read
@@ -122,6 +124,10 @@ def inspect(path: str | Path) -> Inspection:
         header                                                        ...
         all                      ...               5,560              ...
     """
+    if not isinstance(path, str | os.PathLike):
+        raise CompressionError(
+            f"inspect takes a file, got a {type(path).__name__}; compress.report describes networks."
+        )
     if is_deployed(path):
         return _deployed(Path(path))
     contents = read(path)

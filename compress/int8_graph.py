@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import math
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from compress.onnx_layers import Graph, GraphLayer
+from compress.onnx_layers import Graph
 
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 """How ranges of activations are found: the least and largest value seen; the range of the least Kullback-Leibler
@@ -30,6 +33,9 @@ def ranges_of(graph: Graph, batches: Sequence[tuple[Tensor, ...]], method: str) 
     import onnx
     from onnxruntime.quantization import CalibrationMethod, create_calibrator
 
+    if method != "minmax":  # its histograms are of batches of one size
+        size = math.gcd(*(len(batch[0]) for batch in batches))
+        batches = [part for batch in batches for part in zip(*(x.split(size) for x in batch), strict=True)]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = Path(folder) / "model.onnx"
         onnx.save(graph.model, path)
@@ -62,10 +68,10 @@ def quantized(
 
     model = ModelProto()
     model.CopyFrom(graph.model)
-    layers = [*layers]
-    copies = {name: _copy_shared(model, graph.layers[name]) for name in layers}
+    nodes = int8_nodes(graph, layers)
+    weights = _own_weights(model, {*nodes})
     own = {"quant_type": QuantType.QUInt8, "symmetric": False, "reduce_range": reduce_range}
-    overrides = {initializer: [own] for name in asymmetric for initializer in copies[name]}
+    overrides = {weights[node]: [own] for name in asymmetric for node in graph.layers[name].nodes}
     quantizer = QDQQuantizer(
         model,
         per_channel,
@@ -73,29 +79,46 @@ def quantized(
         QuantType.QInt8,
         QuantType.QUInt8,
         ranges,
-        int8_nodes(graph, layers),
+        nodes,
         [],
         operators(),
         {"TensorQuantOverrides": overrides} if overrides else {},
     )
-    quantizer.quantize_model()
+    with _without_warnings():  # that the weight of a norm has one axis only, for each norm
+        quantizer.quantize_model()
     quantizer.model.topological_sort()
     return quantizer.model.model
 
 
-def _copy_shared(model: Any, layer: GraphLayer) -> list[str]:
-    """Give each node of a layer that is called several times a weight of its own; return their names.
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
-    Without VNNI, onnxruntime replaces int8 weights when it opens a file, and fails where two nodes share one.
+
+def _own_weights(model: Any, nodes: Collection[str]) -> dict[str, str]:
+    """Give each of these nodes a weight that nothing else reads, and return their names, by those of the nodes.
+
+    Layers that are called several times share one, and so do norms of equal numbers, as new ones have. Without VNNI,
+    onnxruntime replaces int8 weights when it opens a file, and fails where they are shared.
     """
-    (weight,) = (one for one in model.graph.initializer if one.name == layer.initializer)
-    nodes = [node for node in model.graph.node if node.name in layer.nodes]
-    names = [weight.name, *(f"{weight.name}.{i}" for i in range(1, len(nodes)))]
-    for name, node in zip(names[1:], nodes[1:], strict=True):
-        node.input[1] = name
-        model.graph.initializer.add().CopyFrom(weight)
-        model.graph.initializer[-1].name = name
-    return names
+    constants = {one.name: one for one in model.graph.initializer}
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    found: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.name not in nodes or len(node.input) < 2 or node.input[1] not in constants:
+            continue
+        name = found[node.name] = node.input[1]
+        if readers[name] > 1:
+            readers[name] -= 1
+            node.input[1] = found[node.name] = f"{name}.{node.name}"
+            model.graph.initializer.add().CopyFrom(constants[name])
+            model.graph.initializer[-1].name = node.input[1]
+    return found
 
 
 def int8_nodes(graph: Graph, layers: Iterable[str]) -> list[str]:

@@ -43,7 +43,8 @@ class JointObjective(Objective):
     and "macs" are of the weights that masks keep. A mask saves no bytes of a deployed file, which stores its zeros;
     "file_bytes", measured only where it is asked for, is what `compress.save` needs, which stores none.
 
-    A network that differs from one of the last 16 in bits alone is neither trained nor exported again.
+    A network that differs from one of the last 16 in bits alone is neither trained nor exported again, unless a pruner
+    watches trainings.
 
     Args:
         space: bound to the data.
@@ -134,7 +135,7 @@ class JointObjective(Objective):
 
         key = _untouched(arch)
         ready = self._remembered.pop(key, None)
-        if ready is None:
+        if ready is None or run.watched:  # what a pruner decides must not depend on what is remembered
             network = self._network(arch, run).cpu().eval()
             run.check()
             ready = network, Deployer(network, training_inputs(self.data, _CALIBRATION, self.seed))

@@ -97,14 +97,17 @@ def code_snapshot(model: nn.Module) -> CodeSnapshot:
     """Return the codes of a model's few-bit weights as they are now, for `changed_codes`.
 
     Raises:
-        CompressionError: it is no module, or has no such weights.
+        CompressionError: it is no module, has no such weights, or one that is not on its grid.
     """
     codes, signs = {}, {}
     for name, weight in weights(model).items():
         if (step := weight.low_bit) is not None:
             with torch.no_grad():
                 values = getattr(weight.module, weight.attribute)
-                codes[name], signs[name] = step.codes(values), values.sign().to(torch.int8)
+                try:
+                    codes[name], signs[name] = step.codes(values), values.sign().to(torch.int8)
+                except CompressionError as error:
+                    raise CompressionError(f"{name!r}: {error}") from None
     if not codes:
         raise CompressionError(f"{type(model).__name__} has no weights of few bits; compress.dense_shift makes some.")
     return CodeSnapshot(codes, signs)

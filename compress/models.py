@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.errors import CompressionError
-from nasbench.devices import laid_out, layout_for
+from search_spaces.layouts import laid_out, layout_for
 from search_spaces.tracing import GrowthError, copied
 
 
@@ -60,7 +60,7 @@ def require_values(model: nn.Module) -> None:
 
 
 def differentiable(model: nn.Module, x: Any) -> Any:
-    """Return inputs in a memory format in which a model's gradients are right: `nasbench.devices.layout_for`."""
+    """Return inputs in a memory format in which a model's gradients are right: `search_spaces.layouts.layout_for`."""
     if not isinstance(x, Tensor) or layout_for(model, x.device) == torch.channels_last:
         return x
     return laid_out(x, torch.contiguous_format)

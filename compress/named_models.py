@@ -18,21 +18,48 @@ def network(name: str, options: argparse.Namespace) -> tuple[nn.Module, Data | N
     """Return the network that MODEL names, in evaluation mode, and the data of its study, if they can be loaded.
 
     Raises:
-        StudyError: there is no such file, study or trial.
+        StudyError: there is no such file, study or trial, or the study's networks cannot be built.
         CompressionError: the file cannot be loaded.
+        SettingError: torchvision has no such weights.
     """
     if name.startswith(TORCHVISION):
-        import torch
-        from torchvision.models import get_model
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            return get_model(name.removeprefix(TORCHVISION), weights=options.weights).eval(), None
+        return _of_torchvision(name.removeprefix(TORCHVISION), options), None
     if Path(name).is_file():
-        from compress import load
-
-        return load(name).eval(), None
+        return _of_file(name), None
     return _of_study(name, options)
+
+
+def _of_torchvision(name: str, options: argparse.Namespace) -> nn.Module:
+    import torch
+    from torchvision.models import get_model, get_model_weights
+
+    from nasbench.errors import SettingError
+
+    known = [one.name for one in get_model_weights(name)]
+    if options.weights not in (None, "DEFAULT", *known):
+        raise SettingError(f"there are no weights {options.weights!r} of {name}; known: DEFAULT, {', '.join(known)}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model: nn.Module = get_model(name, weights=options.weights)
+    return model.eval()
+
+
+def _of_file(name: str) -> nn.Module:
+    from compress.errors import CompressionError
+    from compress.storage import load, read
+    from compress.subjects import is_deployed
+
+    if is_deployed(name):
+        raise CompressionError(
+            f"{name} is a deployed network, which only runs: give the network that it was made of, as a study or a "
+            "file of compress.save."
+        )
+    if read(name).origin is None:
+        raise CompressionError(
+            f"{name} names no network of our spaces, which alone the command line can build. In Python give yours: "
+            f"compress.load({name!r}, network)."
+        )
+    return load(name).eval()
 
 
 def _of_study(name: str, options: argparse.Namespace) -> tuple[nn.Module, Data | None]:
@@ -40,6 +67,7 @@ def _of_study(name: str, options: argparse.Namespace) -> tuple[nn.Module, Data |
     from nasbench.data import load
     from nasbench.errors import StudyError
     from nasbench.result import RESULT, SearchResult
+    from search_spaces.arch import ArchError
 
     homes = [Path(name), Path(options.folder) / name]
     home = next((home for home in homes if (home / RESULT).exists()), None)
@@ -49,7 +77,15 @@ def _of_study(name: str, options: argparse.Namespace) -> tuple[nn.Module, Data |
             f"{name!r} is no file, no study (found in {options.folder}/: {', '.join(names) or 'none'}), and "
             f"does not begin with {TORCHVISION!r}."
         )
-    result = SearchResult.load(home / RESULT, search_spaces.space(options.space) if options.space else None)
+    space = search_spaces.space(options.space) if options.space else None
+    try:
+        result = SearchResult.load(home / RESULT, space)
+    except ArchError as error:
+        raise StudyError(
+            f"cannot build the networks of study {home.name}: {error} Those of compress.bits and compress.PolicySpace "
+            f"need Python: nasbench.SearchResult.load({str(home / RESULT)!r}, space.bind(data)), and compress.save of "
+            "what a trial builds."
+        ) from error
     chosen = [result.best] if options.trial is None else [t for t in result.trials if t.number == options.trial]
     if not chosen:
         raise StudyError(f"study {home.name} has no trial {options.trial}, only {len(result.trials)} trials from 0 on.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from compress.exporting import write
 from compress.weights import weights
@@ -91,6 +92,9 @@ def _find_layers(graph: Graph, model: nn.Module, program: ONNXProgram) -> None:
     arrays = {one.name: one for one in graph.model.graph.initializer}
     taken: dict[int, str] = {}
     for name, weight in weights(model).items():
+        if parametrize.is_parametrized(weight.module, weight.attribute):
+            graph.missing[name] = "its weight is computed from other parameters"
+            continue
         key = id(weight.parameter)
         nodes = readers.get(key, [])
         kinds = {(node.op_type, node.input[1]) for node in nodes}

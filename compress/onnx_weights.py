@@ -83,7 +83,9 @@ def own_codes(layer: GraphLayer, weight: Tensor, grid: LowBit, transposed: int) 
         grid: frozen.
         transposed: see `Layout`.
     """
-    layout = grid.layout if isinstance(grid, AffineGrid) else Layout(tuple(weight.shape), None, transposed)
+    layout = Layout(tuple(weight.shape), None, transposed)
+    if isinstance(grid, AffineGrid) and (grid.layout.group != "tensor" or torch.equal(weight, layer.weight)):
+        layout = grid.layout  # else a batch norm has a factor for each channel, where the layer had one scale for all
     found = coded(weight, grid, layout)
     before, after = layout.gathered(weight), layout.gathered(layer.weight)
     place = before.abs().argmax(1, keepdim=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ from torch import nn
 
 from compress.calibration import LEAST
 from compress.errors import CompressionError
+from compress.exporting import Example
 from compress.low_bit_models import low_bits
 from compress.models import copy_of, require_values
 from compress.quantization import quantizable, quantize
@@ -63,7 +65,8 @@ def options_of(bits: Sequence[int], kinds: Sequence[str]) -> tuple[str, ...]:
         ('weights3', 'shift3', 'weights8')
     """
     for name, values in (("bits", bits), ("kinds", kinds)):
-        if isinstance(values, str) or not isinstance(values, Sequence) or not values or len({*values}) < len(values):
+        several = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+        if not several or len({*map(repr, values)}) < len(values):
             raise CompressionError(f"{name} is a tuple of different values, one at least, got {name}={values!r}.")
     for kind in kinds:
         if kind not in KINDS:
@@ -113,28 +116,37 @@ def check_policy(policy: object, model: nn.Module) -> dict[str, str]:
         >>> check_policy({"2": "int8", "0": "weights4"}, nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
         {'0': 'weights4', '2': 'int8'}
     """
+    checked, known = _check_options(policy), weights(model)
+    for name in checked:
+        if name not in known:
+            raise CompressionError(f"the policy names layer {name!r}, which the model lacks; {nearest(name, known)}")
+    return {name: checked[name] for name in known if name in checked}
+
+
+def _check_options(policy: object) -> Policy:
     if not isinstance(policy, Mapping):
         raise CompressionError(
             f'a policy maps layers to options, {{"layer1.0.conv1": "int8"}}, got a {type(policy).__name__}: '
             f"{policy!r:.60}."
         )
-    known = weights(model)
     for name, option in policy.items():
-        if name not in known:
-            raise CompressionError(f"the policy names layer {name!r}, which the model lacks; {nearest(name, known)}")
         if option != FLOAT:
             try:
                 parse(option)
             except CompressionError as error:
                 raise CompressionError(f"layer {name!r}: {error}") from None
-    return {name: policy[name] for name in known if name in policy}
+    return policy
 
 
-def apply_policy(model: nn.Module, policy: Policy) -> nn.Module:
+def apply_policy(model: nn.Module, policy: Policy, *, example: Example | None = None) -> nn.Module:
     """Return a copy of a model with low-bit weights as the policy says: it can be looked at, trained further and saved.
 
     Layers of "int8" have weights of 8 bits, symmetric, with a scale per channel; their activations stay float. It is
     `compress.Deployer` that makes a network which computes in int8, and its accuracy and latency are what counts.
+
+    Args:
+        example: a batch that the model takes, by which the batch norms behind layers of powers of two are found; see
+            `compress.dense_shift`.
 
     Raises:
         CompressionError: the policy does not fit the model (`check_policy`), or a layer's weight cannot have few bits.
@@ -147,7 +159,7 @@ def apply_policy(model: nn.Module, policy: Policy) -> nn.Module:
     """
     parsed = {name: parse(option) for name, option in check_policy(policy, model).items() if option != FLOAT}
     shifts = {name: bits for name, (kind, bits, _) in parsed.items() if kind == "dense_shift"}
-    found = dense_shift(model, shifts, init="convert") if shifts else copy_of(model)
+    found = dense_shift(model, shifts, init="convert", example=example) if shifts else copy_of(model)
     for kind, scale in (("int8", "max"), ("weights", "mse")):
         for mode in MODES:
             bits = {name: own[1] for name, own in parsed.items() if (own[0], own[2]) == (kind, mode)}
@@ -159,12 +171,17 @@ def apply_policy(model: nn.Module, policy: Policy) -> nn.Module:
 def save_policy(policy: Policy, path: str | Path) -> Path:
     """Write a policy as a JSON object, layers to options, whole or not at all; return the path.
 
+    Raises:
+        CompressionError: it is no mapping, or has an option that there is not.
+        OSError: the file cannot be written.
+
     Example:
         >>> import tempfile
         >>> path = save_policy({"0": "int8"}, Path(tempfile.mkdtemp()) / "policy.json")
         >>> load_policy(path, nn.Sequential(nn.Linear(4, 8)))
         {'0': 'int8'}
     """
+    _check_options(policy)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(dict(policy), indent=1))
     return Path(path)
@@ -199,6 +216,7 @@ class PolicySpace(SearchSpace):
         modes: of the grid of weights: "symmetric" around zero, "asymmetric", or both.
         calibration: how many training images the ranges of activations are measured on.
         exclude: names of layers, or of modules that hold layers, that stay float.
+        example: a batch that the model takes, for "dense_shift"; see there.
 
     Raises:
         CompressionError: the model has no layers to compress or has low-bit ones already, bits are out of range, or a
@@ -221,6 +239,7 @@ class PolicySpace(SearchSpace):
     modes: tuple[str, ...] = ("symmetric",)
     calibration: int = 100
     exclude: tuple[str, ...] = ()
+    example: Example | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         require_values(self.model)
@@ -247,7 +266,8 @@ class PolicySpace(SearchSpace):
         """The options of the layers that are decided on, in the model's order."""
         shifted: set[str] = set()
         if "dense_shift" in self.kinds:
-            shifted = {*low_bits(dense_shift(self.model, 3, init="convert", include_ends=True))}
+            twin = dense_shift(self.model, 3, init="convert", include_ends=True, example=self.example)
+            shifted = {*low_bits(twin)}
         found: dict[str, tuple[str, ...]] = {}
         for name in quantizable(self.model, self.exclude):
             own = tuple(o for o in self.options if name in shifted or o == FLOAT or OPTIONS[o][0] != "dense_shift")
@@ -281,7 +301,7 @@ class PolicySpace(SearchSpace):
         Raises:
             ArchError: the policy is not of this space.
         """
-        return apply_policy(self.model, self.policy_of(arch))
+        return apply_policy(self.model, self.policy_of(arch), example=self.example)
 
     def policy_of(self, arch: Mapping[str, Any]) -> dict[str, str]:
         """Return a policy as `apply_policy` and `save_policy` take it: the mode, if not "symmetric", with the option.
@@ -298,15 +318,22 @@ class PolicySpace(SearchSpace):
         return policy
 
     def arch_of(self, policy: Policy) -> Arch:
-        """Return the architecture of a policy: the inverse of `policy_of`.
+        """Return the architecture of a policy: the inverse of `policy_of`. Layers that it does not name are float.
 
         Raises:
             CompressionError, ArchError: the policy does not fit the model, or is not of this space.
         """
-        policy = dict.fromkeys(self.layers, FLOAT) | check_policy(policy, self.model)
+        named = check_policy(policy, self.model)
+        named = {name: option for name, option in named.items() if option != FLOAT}
         values: dict[str, str] = {}
-        for name, option in policy.items():
-            values[name], _, mode = option.partition(" ")
+        for name, option in (dict.fromkeys(self.layers, FLOAT) | named).items():
+            base, _, mode = option.partition(" ")
+            if _has_mode(base) and (mode or MODES[0]) not in self.modes:
+                raise CompressionError(
+                    f"layer {name!r} has option {option!r}, which is {mode or MODES[0]}, but the space has modes="
+                    f"{self.modes}."
+                )
+            values[name] = base
             if len(self.modes) > 1:
                 values[f"{name}{_MODE}"] = mode or MODES[0]
         return self.canonical(self.check(values))
@@ -343,7 +370,7 @@ class PolicySpace(SearchSpace):
         return PolicyObjective(self, data, seed=seed, device=device)
 
     def to_json(self) -> str:
-        """Return the settings as JSON; the model is told by its class and a hash of its tensors."""
+        """Return the settings as JSON; the model is told by its class and a hash of its layers and tensors."""
         settings = {
             "space": type(self).__name__,
             "model": type(self.model).__name__,
@@ -358,7 +385,8 @@ class PolicySpace(SearchSpace):
 
     @cached_property
     def _hash(self) -> str:
-        digest = hashlib.sha256()
+        layers = re.sub(r" at 0x\w+", "", repr(self.model))  # without addresses of functions
+        digest = hashlib.sha256(layers.encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

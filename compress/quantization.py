@@ -118,7 +118,9 @@ class AffineGrid(LowBit):
 
     def codes(self, weight: Tensor) -> Tensor:
         weight, (scale, zero) = weight.detach().float(), self._broadcast()
-        if weight.shape == self.layout.shape:
+        if self.scale.dtype != torch.float32:
+            found = f"its scales are {self.scale.dtype}, call model.float()"
+        elif weight.shape == self.layout.shape:
             codes = (weight / scale).round() + zero
             on_grid = ((codes - zero) * scale == weight) & (codes >= 0) & (codes < 2**self.bits)
             if bool(on_grid.all()):
@@ -127,13 +129,26 @@ class AffineGrid(LowBit):
         else:
             found = f"the weight is {tuple(weight.shape)}"
         raise CompressionError(
-            f"a grid of {self.bits} bits for a weight {self.layout.shape} has no codes for this one: {found}. Give the "
-            "weight that the layer computes with (layer.weight), as quantize made it."
+            f"a grid of {self.bits} bits for a weight {self.layout.shape} has no codes for this one: {found}. One that "
+            "has left its grid, by training or conversion after it was frozen, needs compress.finalize and a new grid."
         )
 
     def values(self, codes: Tensor) -> Tensor:
         scale, zero = self._broadcast()
         return (codes.float() - zero) * scale
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Refuse the scales of another number of bits, of which only the code of 0 tells."""
+        zero, errors = state.get(f"{prefix}zero"), rest[-1]
+        if isinstance(zero, Tensor) and zero.shape == self.zero.shape and not self._takes(zero):
+            errors.append(
+                f"{prefix}zero is not that of {self.extra_repr()}: give the model the bits it was saved with."
+            )
+            return
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def _takes(self, zero: Tensor) -> bool:
+        return zero.is_meta or int(zero.max()) < 2**self.bits
 
     def fields(self) -> dict[str, Any]:
         fields = {"group": self.layout.group, "transposed": self.layout.transposed}
@@ -250,6 +265,10 @@ class FakeQuantize(AffineGrid):
     def frozen(self) -> AffineGrid:
         scale, zero = self._positive().detach().clone(), self.zero.clone()
         return AffineGrid(self.bits, scale, zero, self.layout)
+
+    def _takes(self, zero: Tensor) -> bool:
+        middle = 2 ** (self.bits - 1)
+        return super()._takes(zero) and (not self.symmetric or zero.is_meta or bool((zero == middle).all()))
 
     def _positive(self) -> Tensor:
         # An optimizer may push a learned scale through 0; below 0 it gives the same values as above.

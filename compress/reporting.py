@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +158,8 @@ def report(
         min_seconds: for how long each is timed.
 
     Raises:
-        CompressionError: there is no source, a file cannot be loaded, a model does not take the example, has no
-            weights, or gives outputs of other shapes than the baseline.
+        CompressionError: an argument is of another kind, there is no source, a file cannot be loaded, a model does not
+            take the example, has no weights, or gives outputs of other shapes than the baseline.
         SettingError: there is no such device.
         ImportError: a deployed network needs the packages of the extra `deploy`.
 
@@ -176,7 +177,19 @@ def report(
     """
     inputs: tuple[Tensor, ...] = () if example is None else example if isinstance(example, tuple) else (example,)
     if example is not None and not (inputs and all(isinstance(x, Tensor) and x.ndim and len(x) for x in inputs)):
-        raise CompressionError(f"example is a batch of inputs, (N, ...), or a tuple of such, got {example!r}.")
+        given = ", ".join(
+            f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in inputs
+        )
+        raise CompressionError(
+            f"example is a batch of inputs, a tensor (N, ...), or a tuple of such, got {given or 'an empty tuple'}."
+        )
+    if not isinstance(baseline, nn.Module | None):
+        raise CompressionError(
+            f"baseline is the original network, a module, got {type(baseline).__name__}. Build it; a file of "
+            "compress.save is read by compress.load."
+        )
+    if not isinstance(data, Data | None):
+        raise CompressionError(f"data is what nasbench.data.load returns, got {type(data).__name__}.")
     if not min_seconds > 0:
         raise CompressionError(f"latency is measured for more than 0 seconds, got min_seconds={min_seconds!r}.")
     place = pick_device(device)
@@ -221,18 +234,26 @@ def _reported(subject: Subject, original: Subject | None, baseline: Report | Non
 def _named(sources: list[Source] | tuple[Source, ...] | Mapping[str, Source]) -> dict[str, Source]:
     """Return several sources by names: their own, or those of files and classes, numbered where they are the same.
 
+    Files of the same name are told apart by their folders.
+
     Raises:
-        CompressionError: there are none, or one has the baseline's name.
+        CompressionError: there are none, one has the baseline's name, or a name is no text.
     """
     if not sources:
         raise CompressionError("there is nothing to report on: give a model, a file, or several of them.")
     if isinstance(sources, Mapping):
         if BASELINE in sources:
             raise CompressionError(f"{BASELINE!r} is the name of the original: give it as baseline=, or another name.")
+        if wrong := [name for name in sources if not isinstance(name, str)]:
+            raise CompressionError(f"sources by name have texts as names, got {wrong[0]!r}.")
         return dict(sources)
+    files = Counter(Path(source).name for source in sources if isinstance(source, str | Path))
     found: dict[str, Source] = {BASELINE: ""}
     for source in sources:
-        name = Path(source).name if isinstance(source, str | Path) else type(source).__name__
+        if not isinstance(source, str | Path):
+            name = type(source).__name__
+        else:
+            name = Path(source).name if files[Path(source).name] == 1 else str(source)
         number, own = 2, name
         while own in found:
             number, own = number + 1, f"{name} {number}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +197,8 @@ def sensitivities(
         method: "hessian" or "measured".
         loss: of outputs and targets, a mean over the batch; cross-entropy if None.
         probes: "hessian": random vectors, at least 2; the table says how exact the traces are.
-        images: of data: how many to look at, drawn at random, without augmentation.
+        images: of data: how many to look at, drawn at random, without augmentation. More than 128 are rounded down to
+            batches of 128.
         group, symmetric, scale: how weights would be rounded, as `quantize` has it.
         exclude: names of layers, of modules that hold layers, or of parameters, that are left out.
         seed: of the probes and of the images.
@@ -216,16 +218,14 @@ def sensitivities(
     """
     if method not in METHODS:
         raise CompressionError(f"there is no method {method!r} to find sensitive layers; {nearest(method, METHODS)}")
-    tried = tuple(sorted(set(bits)))
-    if not tried:
-        raise CompressionError("bits is empty; name at least one number of bits, 2 to 8.")
-    for width in tried:
+    for width in (given := _several(bits, "bits")):
         check_bits(width)
+    tried = tuple(sorted(set(given)))
     check_settings(group, scale)
-    if method == "hessian" and probes < 2:
-        raise CompressionError(f"a standard error takes at least 2 probes, got {probes}.")
-    if images < 1:
-        raise CompressionError(f"a batch takes at least 1 image, got images={images}.")
+    if method == "hessian" and not _at_least(2, probes, Integral):
+        raise CompressionError(f"a standard error takes at least 2 probes, a whole number, got {probes!r}.")
+    if not _at_least(1, images, Integral):
+        raise CompressionError(f"a batch takes at least 1 image, a whole number, got images={images!r}.")
     names = list(quantizable(model, exclude))
     twin, criterion = copy_of(model), loss or cross_entropy
     some = _listed(batches, device_of(twin), images, seed)
@@ -276,12 +276,14 @@ def assign_bits(found: Sensitivities, budget_bytes: int, choices: Sequence[int] 
     Source: the integer program of Yao et al., HAWQ-V3, ICML 2021, arXiv:2011.10680, for bytes alone; solved by
     extending all combinations of the first layers that no other beats in both bytes and harm, one layer at a time.
     """
-    allowed = tuple(sorted(set(found.bits if choices is None else choices)))
-    if unknown := [width for width in allowed if width not in found.bits]:
+    if not _at_least(0, budget_bytes, Real):
+        raise CompressionError(f"budget_bytes is a number of bytes, got {budget_bytes!r}.")
+    wanted = _several(found.bits if choices is None else choices, "choices")
+    if unknown := [width for width in wanted if width not in found.bits]:
         raise CompressionError(f"{unknown[0]!r} bits were not tried, only {found.bits}; call sensitivities with them.")
-    layers = list(found.layers.values())
-    least = [min(layer.bytes[width] for width in allowed) for layer in layers] if allowed else []
-    if not allowed or sum(least) > budget_bytes:
+    allowed, layers = tuple(sorted(set(wanted))), list(found.layers.values())
+    least = [min(layer.bytes[width] for width in allowed) for layer in layers]
+    if sum(least) > budget_bytes:
         raise CompressionError(
             f"these {len(layers)} layers take {sum(least):,} bytes with {allowed} bits at the fewest, more than the "
             f"{budget_bytes:,} that are allowed; allow more, or fewer bits."
@@ -302,6 +304,19 @@ def assign_bits(found: Sensitivities, budget_bytes: int, choices: Sequence[int] 
         choice, state = divmod(int(kept[state]), before_count)
         chosen.append(allowed[choice])
     return dict(zip(found.layers, reversed(chosen), strict=True))
+
+
+def _several(bits: Any, what: str) -> list[int]:
+    """Return some numbers of bits, unchecked."""
+    if isinstance(bits, str) or not isinstance(bits, Iterable):
+        raise CompressionError(f"{what} are some numbers of bits, such as (2, 4, 8), got {bits!r}.")
+    if not (found := list(bits)):
+        raise CompressionError(f"{what} is empty; name at least one number of bits, 2 to 8.")
+    return found
+
+
+def _at_least(least: int, value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and bool(value >= least)
 
 
 def _listed(batches: Any, device: torch.device, images: int, seed: int) -> list[Batch]:

@@ -7,7 +7,7 @@ takes it up.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -69,7 +69,8 @@ class ShiftGrid(LowBit):
         if not bool(on_grid.all()):
             raise CompressionError(
                 f"a weight of {self.bits} bits is one of ±1, ±2, ..., ±2^{self.largest}, found "
-                f"{float(weight[~on_grid][0]):g}. Let compress.dense_shift make such weights."
+                f"{float(weight[~on_grid][0]):g}. One that has left its grid, by training after it was frozen, needs "
+                "compress.finalize and compress.dense_shift."
             )
         codes: Tensor = exponent - 1 + (mantissa < 0) * 2 ** (self.bits - 1)
         return codes.to(torch.uint8)
@@ -223,10 +224,10 @@ def dense_shift(
         inplace: change the model itself. Its Parameter objects stay, and take the shape of the latents.
 
     Raises:
-        CompressionError: bits or init are none, a name is unknown, a weight is tied, parametrized, masked or has few
-            bits already, the model does not take the example, no layer is left, or, with "convert", torch.fx cannot
-            trace the model, a weight is not finite, or a layer that `bits` names cannot be converted. The model is
-            unchanged then.
+        CompressionError: bits or init are none, a name is unknown, a weight is empty, float16, tied, parametrized,
+            masked or has few bits already, the model does not take the example, no layer is left, or, with "convert",
+            torch.fx cannot trace the model, a weight is not finite, or a layer that `bits` names cannot be converted.
+            The model is unchanged then.
 
     Example:
         >>> from compress.low_bit_models import low_bits
@@ -250,6 +251,7 @@ def dense_shift(
         check_bits(bits)
         ends = [] if include_ends else ends_of(model, macs(model, _inputs(model, example)))
         chosen = dict.fromkeys(prunable(model, [*exclude, *ends]), bits)
+    _check_latents(model, chosen)
     if init == "convert":
         converted = conversions(
             model,
@@ -281,6 +283,18 @@ def ends_of(model: nn.Module, cost: Macs) -> list[str]:
     called = [name for name, own in cost.items() if own.dense]
     first = weights(model)[called[0]].module
     return [*([called[0]] if isinstance(first, nn.modules.conv._ConvNd) else []), called[-1]]
+
+
+def _check_latents(model: nn.Module, names: Iterable[str]) -> None:
+    found = weights(model)
+    for name in names:
+        if not found[name].size:
+            raise CompressionError(f"the weight of {name!r} is empty: {found[name].shape}. Exclude it.")
+        if found[name].parameter.dtype == torch.float16:
+            raise CompressionError(
+                f"the weight of {name!r} is torch.float16, whose range is too small for latents; call "
+                "model.float() first, and train under torch.autocast."
+            )
 
 
 def _inputs(model: nn.Module, example: Example | None) -> tuple[Any, ...]:

@@ -48,13 +48,15 @@ def shift_multiply(x: Tensor, codes: Tensor, bits: int) -> Tensor:
         The products, of the type of x; of integers int64.
 
     Raises:
-        CompressionError: the bits are out of range, or x has another type.
+        CompressionError: the bits are out of range, a code has more of them, or x or the codes have another type.
 
     Example:
         >>> shift_multiply(torch.tensor([3.0, 0.0, -0.1]), torch.tensor([3, 3, 6], dtype=torch.uint8), 3)  # 8, 8, -4
         tensor([24.0000,  0.0000,  0.4000])
     """
     check_bits(bits)
+    if codes.dtype != torch.uint8 or (codes.numel() and int(codes.max()) >= 2**bits):
+        raise CompressionError(f"codes are torch.uint8 below {2**bits}, of `ShiftGrid({bits}).codes(weight)`.")
     negative, shift = codes >> bits - 1, codes & 2 ** (bits - 1) - 1
     negative, shift = negative.long(), shift.long()
     if not x.is_floating_point():
@@ -129,7 +131,7 @@ def shift_conv2d(
         (N, out, H', W'), of the type of x; of integers int64, and exact.
 
     Raises:
-        CompressionError: as `shift_multiply`.
+        CompressionError: as `shift_multiply`, or there is no such padding or groups.
 
     Example:
         >>> x = torch.arange(9).view(1, 1, 3, 3)
@@ -138,6 +140,13 @@ def shift_conv2d(
                 [-5, -6],
                 [-8, -9]])
     """
+    if x.ndim != 4 or codes.ndim != 4 or x.shape[1] != groups * codes.shape[1] or len(codes) % groups:
+        raise CompressionError(
+            f"x is (N, in, H, W) and codes are (out, in / groups, kh, kw), got {tuple(x.shape)} and "
+            f"{tuple(codes.shape)} with groups={groups}."
+        )
+    if padding not in ("valid", "same") and isinstance(padding, str | int):
+        raise CompressionError(f"padding is 'valid', 'same' or two widths, got {padding!r}.")
     spans = [(size - 1) * step for size, step in zip(codes.shape[2:], dilation, strict=True)]
     if isinstance(padding, str):
         sides = [(span // 2, span - span // 2) if padding == "same" else (0, 0) for span in spans]

@@ -23,6 +23,7 @@ _OCTAVES = tuple(
     i / 4 for i in range(-2, 13)
 )  # of scales that are tried, above that where the largest weight just fits
 _TOP = 15  # the largest exponent that is used: weights below 2^-15 of the largest do not matter
+_LEAST, _MOST = 1e-30, 1e37  # weight decay leaves channels of such weights: beyond, they are as good as zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +77,8 @@ def conversions(
             reasons[name] = "a channel has only zeros, and powers of two have none"
         else:
             factor, gain = fit_channels(weight, grid)
-            reach = weight.flatten(1).square().mean(1).sqrt() / gain
-            converted[name] = Conversion(norms[name], factor, gain, reach)
+            reach = weight.flatten(1).double().square().mean(1).sqrt() / gain
+            converted[name] = Conversion(norms[name], factor, gain, reach.clamp(min=_LEAST).to(weight.dtype))
     if reasons and (required or not converted):
         name, reason = next(iter(reasons.items()))
         raise CompressionError(f"{name!r} cannot be converted: {reason}. Leave it out, or train it from scratch.")
@@ -96,7 +97,7 @@ def rescale(model: nn.Module, weight: Weight, conversion: Conversion) -> None:
             layer.bias.mul_(gain)
         if norm.running_mean is None or norm.running_var is None:
             return  # a batch's own statistics grow with the outputs
-        larger = gain.square() * norm.running_var
+        larger = (gain.double().square() * norm.running_var).clamp(max=_MOST)
         if norm.affine:  # eps is added to a larger variance now
             norm.weight.mul_(((larger + norm.eps) / (norm.running_var + norm.eps)).sqrt() / gain)
         norm.running_mean.mul_(gain)
@@ -109,7 +110,9 @@ def fit_channels(weight: Tensor, grid: ShiftGrid) -> tuple[Tensor, Tensor]:
     The values v nearest to f w stand for w up to the scale <w, v> / <v, v>, whose inverse is the gain.
     """
     flat = weight.flatten(1).float()
-    start = 2.0 ** min(grid.largest, _TOP) / flat.abs().amax(1)
+    largest = flat.abs().amax(1).clamp(min=_LEAST)
+    flat = flat / largest.unsqueeze(1)  # so that no square of a small weight is lost
+    start = torch.full_like(largest, 2.0 ** min(grid.largest, _TOP))
     best = torch.full_like(start, -1.0)
     factors, gains = start.clone(), start.clone()
     for factor in (start * 2**octave for octave in _OCTAVES):
@@ -118,4 +121,4 @@ def fit_channels(weight: Tensor, grid: ShiftGrid) -> tuple[Tensor, Tensor]:
         better = (fit := inner.square() / square) > best
         best = torch.where(better, fit, best)
         factors, gains = torch.where(better, factor, factors), torch.where(better, square / inner, gains)
-    return factors, gains
+    return factors / largest, (gains / largest).clamp(max=_MOST)

@@ -50,6 +50,11 @@ class Stage:
             raise CompressionError(f"a stage has weight={self.weight!r}; it must be a number above 0.")
         if type(self.length) is not int or self.length < 1:
             raise CompressionError(f"a stage has length={self.length!r}; it must be a whole number, 1 or more.")
+        names = (self.teacher,) if isinstance(self.teacher, str) else self.teacher
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise CompressionError(
+                f"a stage names a layer of the teachers, or a tuple of one for each, got {self.teacher!r}."
+            )
         if self.similarity not in SIMILARITIES:
             known = nearest(str(self.similarity), SIMILARITIES)
             raise CompressionError(f"there is no similarity {self.similarity!r}; {known}")
@@ -73,6 +78,10 @@ def as_stages(stages: Mapping[str, Stage | str], student: nn.Module, teachers: S
     Raises:
         CompressionError: a network is no module or has no such layer, or there are too few or too many names.
     """
+    if not isinstance(stages, Mapping):
+        raise CompressionError(
+            f'stages map layers of the student to those of teachers, {{"layer1": "layer1"}}, got {stages!r:.60}.'
+        )
     found = {}
     for layer, value in stages.items():
         stage = value if isinstance(value, Stage) else Stage(value)
@@ -96,6 +105,17 @@ def _require_layer(model: object, name: str, who: str) -> None:
         raise CompressionError(f"{who} ({type(model).__name__}) has no layer {name!r}; {nearest(str(name), known)}")
 
 
+def given(found: Mapping[str, Tensor], name: str, who: str) -> Tensor:
+    """Return what a layer gave in the last forward pass.
+
+    Raises:
+        CompressionError: it was not called.
+    """
+    if name not in found:
+        raise CompressionError(f"layer {name!r} of {who} is not called in a forward pass; name another layer.")
+    return found[name]
+
+
 @contextmanager
 def outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Within the block, keep what these layers of a model gave in its last forward pass, by name."""
@@ -105,7 +125,7 @@ def outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 raise CompressionError(f"layer {name!r} gives {type(output).__name__}, no tensor; name another layer.")
-            found[name] = output
+            found[name] = output.clone()  # what comes behind, such as nn.ReLU(inplace=True), may change it
 
         return hook
 

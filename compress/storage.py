@@ -39,7 +39,6 @@ from compress.deployed import Deployed
 from compress.entries import decode, encode, whole
 from compress.errors import CompressionError
 from compress.filling import Stored, blank_copy, fill, slots_of
-from nasbench.errors import SettingError
 from nasbench.files import atomic_write
 from nasbench.origin import Origin, origin_of
 
@@ -64,7 +63,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
 
     Raises:
         CompressionError: the model is no module, or has something that is no tensor with numbers: an extra state, a
-            lazy or meta tensor; or a weight of few bits is not float32.
+            lazy or meta tensor; or a weight of few bits is not float32, or was trained away from its grid.
         OSError: the file cannot be written.
 
     Example:
@@ -80,6 +79,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """
     if not isinstance(model, nn.Module):
         raise CompressionError(f"save(model, path) takes the model first, got a {type(model).__name__}.")
+    if not isinstance(path, str | os.PathLike):
+        raise CompressionError(f"save(model, path) takes the file second, got a {type(path).__name__}.")
     if isinstance(model, Deployed):
         raise CompressionError("a deployed network is an ONNX file of its own: write it with deployed.save(path).")
     model = unwrapped(model)
@@ -149,15 +150,19 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
         return twin
     if origin is None:
         raise CompressionError(f"{path} names no network of our spaces: load(path, module) needs the network, too.")
-    try:
-        twin = origin.build("meta")  # all numbers come from the file
+    twin = _built(origin, "meta", path)  # all numbers come from the file
+    fill(twin, stored, path)
+    if any(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers())):  # but for those no file has
+        twin = _built(origin, "cpu", path)
         fill(twin, stored, path)
-        if any(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers())):  # but for those no file has
-            twin = origin.build()
-            fill(twin, stored, path)
-    except SettingError as error:
-        raise CompressionError(f"the network that {path} names cannot be built: {error}") from error
     return twin.eval()
+
+
+def _built(origin: Origin, device: str, path: str | Path) -> nn.Module:
+    try:
+        return origin.build(device)
+    except (ValueError, TypeError) as error:
+        raise CompressionError(f"the network that {path} names cannot be built: {error}") from error
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -231,14 +236,14 @@ def read(path: str | Path) -> Contents:
                 stored[name] = replace(stored[entry["same"]], groups=groups, bytes=0)
                 continue
             stored[name] = decode(entry, name, parts.pop(name, {}), groups)
-        except (CompressionError, KeyError, TypeError, AttributeError) as error:
+        except (CompressionError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             what = error if isinstance(error, CompressionError) else f"its entry makes no sense ({error!r})"
             raise _damaged(path, f"{name!r}: {what}") from None
     if parts:
         raise _damaged(path, f"nothing says what its arrays of {min(parts)!r} are")
     try:
         origin = Origin.from_json(json.dumps(header["origin"])) if "origin" in header else None
-    except SettingError as error:
+    except ValueError as error:
         raise CompressionError(f"the network that {path} names cannot be built: {error}") from None
     return Contents(header["version"], stored, origin)
 
@@ -267,7 +272,9 @@ def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _damaged(path: str | Path, what: str) -> CompressionError:
-    return CompressionError(f"{path} is damaged: {what}. Save the model again, or restore the file from a copy.")
+    return CompressionError(
+        f"{path} is damaged: {what.rstrip('.')}. Save the model again, or restore the file from a copy."
+    )
 
 
 def _sort_metadata(path: Path) -> None:

@@ -79,7 +79,8 @@ def subject_of(name: str, source: Source, home: nn.Module | None, folder: Path) 
     contents = read(path)
     if home is None and contents.origin is None:
         raise CompressionError(
-            f"{path} names no network of our spaces: compress.report(path, baseline=network) needs the original."
+            f"{path} names no network of our spaces: compress.report(path, baseline=network) needs the original; on "
+            "the command line --baseline, if that can name it."
         )
     model = load(path, home).cpu().eval()
     found = {id(weight.parameter): weight for weight in weights(model).values()}.values()
@@ -119,7 +120,10 @@ def measure(subjects: Sequence[Subject], inputs: tuple[Tensor, ...], device: tor
     """
     inputs = tuple(x.detach().cpu() for x in inputs)
     for subject in subjects:
-        subject.outputs = outputs_of(subject.model, inputs)
+        try:
+            subject.outputs = outputs_of(subject.model, inputs)
+        except CompressionError as error:
+            raise CompressionError(str(error).replace("the model", subject.name, 1)) from error
     for subject, latency in zip(subjects, _times(subjects, inputs, device, min_seconds), strict=True):
         subject.figures["latency"] = latency
         if not isinstance(subject.model, Deployed):

@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 from nasbench import memory, training
 from nasbench.checkpoint import FORMAT, check_identity, check_writable, layers_of, read
 from nasbench.data import Data, keyed_generator
-from nasbench.devices import laid_out, lay_out, layout_for
 from nasbench.errors import CheckpointError, SettingError, TrainingDiverged
 from nasbench.files import atomic_write
 from nasbench.ranks import Ranks
@@ -34,6 +33,7 @@ from nasbench.recipe import Recipe
 from nasbench.strategies import bilevel
 from nasbench.strategies.one_shot import SKIPS, Differentiable, OneShot, Phase
 from search_spaces.base import Arch, ArchError, Mixture, SearchSpace
+from search_spaces.layouts import laid_out, lay_out, layout_for
 from search_spaces.memory import free_bytes
 
 CHECKPOINT = "supernet.pt"

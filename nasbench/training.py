@@ -25,10 +25,11 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from nasbench.checkpoint import Saver, check_identity, check_writable, identity_of, read, restore
-from nasbench.devices import laid_out, lay_out, layout_for, pick_device
+from nasbench.devices import pick_device
 from nasbench.errors import SettingError, TrainingDiverged
 from nasbench.profile import zeros
 from nasbench.recipe import Recipe, is_number
+from search_spaces.layouts import laid_out, lay_out, layout_for
 from search_spaces.operations import DropPath
 
 if TYPE_CHECKING:

@@ -255,7 +255,7 @@ class EntangledConv2d(nn.Conv2d):
             check_multiple("a size of channels", len(weight), "the group width", self.group_width)
             groups = len(weight) // self.group_width
         bias, padding, (stride, _) = _leading(self.bias, out), weight.shape[-1] // 2, self.stride
-        if stride > 1 and weight.shape[-1] == 1:  # few of the channels: as nasbench.devices.layout_for says
+        if stride > 1 and weight.shape[-1] == 1:  # few of the channels: see `search_spaces.layouts.layout_for`
             x, stride = x[:, :, ::stride, ::stride], 1
         return F.conv2d(x, weight, bias, stride, padding, groups=groups)
 

@@ -231,7 +231,9 @@ class RelaxedCell(nn.Module):
             sums.add(_norm(y, [m.norm for m in group], column))
         for column, group in found[FactorizedReduce]:
             halves = (relu, "conv1"), (F.pad(relu, (-1, 1, -1, 1)), "conv2")
-            y = torch.cat([F.conv2d(z, _cat(group, n), stride=2).unflatten(1, (k, -1)) for z, n in halves], dim=2)
+            # Not a convolution with a stride: see `search_spaces.layouts.layout_for`.
+            read = [(z[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last), n) for z, n in halves]
+            y = torch.cat([F.conv2d(z, _cat(group, n)).unflatten(1, (k, -1)) for z, n in read], dim=2)
             sums.add(_norm(y.flatten(1, 2), [m.norm for m in group], column))
 
         terms: list[_Term] = []

@@ -37,6 +37,7 @@ def test_the_front_door_opens(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "first" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_one_supernet_is_searched(tmp_path: Path) -> None:
     import nasbench as nb
 

@@ -17,6 +17,7 @@ from compress.distillation import distill
 from compress.errors import CompressionError
 from compress.teachers import Teachers, mean_probabilities
 from nasbench.batches import Data
+from search_spaces.layouts import layout_for
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,16 @@ def test_all_classes_train_like_live_teachers_bit_for_bit(data: Data, tmp_path: 
     assert equal(
         cached, distill(student, labels=tmp_path / "labels", data=data, epochs=3, seed=5, **TRAINING, **settings)
     )
+
+
+def test_students_that_train_in_another_layout_have_the_same_labels(data: Data, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 1, stride=2), nn.ReLU(), nn.Flatten()]
+    student = nn.Sequential(*layers, nn.Linear(64, 10))
+    assert layout_for(student) == torch.contiguous_format
+    labels = soft_labels(TEACHERS, data, tmp_path / "labels", epochs=1, **PLAIN)
+    live = distill(student, TEACHERS, data=data, epochs=1, **TRAINING)
+    assert equal(live, distill(student, labels=labels, data=data, epochs=1, **TRAINING))
 
 
 def test_labels_are_what_teachers_say_of_each_crop(data: Data, tmp_path: Path) -> None:

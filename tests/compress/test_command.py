@@ -140,7 +140,7 @@ def test_weights_become_powers_of_two_and_train_on(runs: Path, capsys: pytest.Ca
     nb.fit(shifted, data, epochs=1, batch_size=64, device="cpu", progress=False)
     assert same(found.state_dict(), compress.freeze(shifted).state_dict())
     assert {step.bits for step in compress.low_bits(found).values()} == {3}
-    accuracies = f"{converted:.4f} shifted, {nb.validate(found, data)['val_accuracy']:.4f} after 1 more epochs"
+    accuracies = f"{converted:.4f} shifted, {nb.validate(found, data)['val_accuracy']:.4f} after 1 more epoch\n"
     assert accuracies in out
     assert "few bits only: smaller when packed, computed in float32, no faster on this device" in out
 
@@ -164,6 +164,7 @@ def test_int8_and_many_files_side_by_side(runs: Path, tmp_path: Path, capsys: py
     data = nb.data.load("digits", train_images=200)
     assert f"{nb.validate(deployed, data)['val_accuracy']:.4f} deployed\n" in out
     assert "onnxruntime" in out and out.endswith("written to quantized.onnx\n")
+    assert f"layers: {len(deployed.policy)} int8\n" in out
     compress.save(best(runs).build(), "dense.safetensors")
     many = ("report", "dense.safetensors", "quantized.onnx", "--data", "digits", "--data-set", "train_images=200")
     out = said(capsys, *many, "--baseline", STUDY, "--folder", runs, "--plot", "all.png")
@@ -199,7 +200,7 @@ def test_a_student_learns_from_its_teachers(runs: Path, capsys: pytest.CaptureFi
     )
     found = compress.load("distilled.safetensors")
     assert same(found.state_dict(), expected.state_dict())
-    assert f"{nb.validate(found, data)['val_accuracy']:.4f} after 1 epochs; of the teachers " in out
+    assert f"{nb.validate(found, data)['val_accuracy']:.4f} after 1 epoch; of the teachers " in out
     assert out.splitlines()[-1] == f"written to distilled.safetensors; the baseline is {STUDY}"
 
 
@@ -216,6 +217,8 @@ def test_a_network_of_torchvision(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no faster on this device\nwritten to pruned.safetensors\n" in out
     error = said(capsys, "prune", "torchvision:squeezenot", "--density", "0.1", "--shape", "3,9,9", status=2)
     assert "Unknown model squeezenot" in error
+    error = said(capsys, *line, "--shape", "3,64,64", "--weights", "imagenet", status=2)
+    assert "no weights 'imagenet' of squeezenet1_1; known: DEFAULT, IMAGENET1K_V1" in error
 
 
 def test_bad_lines_say_what_is_wrong_and_write_nothing(
@@ -262,6 +265,63 @@ def test_bad_lines_say_what_is_wrong_and_write_nothing(
     assert list(tmp_path.iterdir()) == []
     for words in ((), ("--shape", "1,8,8"), ("--shape", "3,x,3"), ("--data", "data/none.npz")):
         assert "cannot read none.safetensors" in said(capsys, "report", "none.safetensors", *words, status=2)
+    assert "a study is given as --baseline" in said(capsys, "report", STUDY, status=2)
     with pytest.raises(SystemExit, match="2"):
         main(["compress", "prune", "tiny"])
     assert "--density" in capsys.readouterr().err
+
+
+def test_settings_that_change_nothing_are_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prune = ("prune", STUDY, "--folder", runs, "--density", "0.5")
+    assert "nothing is trained: give --epochs" in said(capsys, *prune, "--set", "lr=0.1", status=2)
+    for setting in ("epochs=3", "seed=3", "device=cpu"):
+        error = said(capsys, *prune, "--epochs", "1", "--set", setting, status=2)
+        assert f"--set {setting} is no field to set: give --{setting.replace('=', ' ')}" in error
+    assert "no field 'rl'; did you mean 'lr'" in said(capsys, *prune, "--epochs", "1", "--set", "rl=1", status=2)
+    learned = ("quantize", STUDY, "--folder", runs, "--learned-step")
+    assert "--learned-step learns while it trains: give --epochs" in said(capsys, *learned, status=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ending_of_a_file_says_what_it_is(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantize = ("quantize", STUDY, "--folder", runs)
+    error = said(capsys, *quantize, "--int8", "--out", "small.safetensors", status=2)
+    assert "an ONNX file, which ends in .onnx" in error
+    assert "is a safetensors file, and .onnx is for --int8" in said(capsys, *quantize, "--out", "x.onnx", status=2)
+    assert list(tmp_path.iterdir()) == []
+    Path("deployed.onnx").write_bytes(b"")
+    error = said(capsys, "prune", "deployed.onnx", "--density", "0.5", "--data", "digits", status=2)
+    assert "deployed.onnx is a deployed network, which only runs" in error
+
+
+def test_networks_that_the_command_line_cannot_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compress.save(torch.nn.Linear(4, 4), "own.safetensors")
+    error = said(capsys, "quantize", "own.safetensors", "--shape", "1,2,2", status=2)
+    assert "In Python give yours: compress.load('own.safetensors', network)" in error
+    joint = nb.SearchResult(
+        NASBench201(channels=4, cells=1, classes=10, in_channels=1) * compress.bits(4, 8), {"bytes": "minimize"}, ()
+    )
+    (tmp_path / "runs" / "joint").mkdir(parents=True)
+    (tmp_path / "runs" / "joint" / "result.json").write_text(joint.to_json())
+    error = said(capsys, "prune", "joint", "--density", "0.5", status=2)
+    assert "StudyError: cannot build the networks of study joint" in error and "need Python" in error
+
+
+def test_a_plot_is_refused_before_anything_is_measured(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compress.save(best(runs).build(), "dense.safetensors")
+    line = ("report", "dense.safetensors", "--folder", runs, "--plot")
+    for more in ((), ("--shape", "1,8,8"), ("--baseline", STUDY)):
+        assert "give --data, or --baseline and --shape" in said(capsys, *line, "all.png", *more, status=2)
+    assert "there are no .pngg pictures" in said(capsys, *line, "all.pngg", "--data", "digits", status=2)
+    said(capsys, *line, "all.png", "--shape", "1,8,8", "--baseline", STUDY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.png", "dense.safetensors"]
+
+
+def test_distillation_asks_for_images_and_not_for_a_shape(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compress.save(best(runs).build(), "dense.safetensors")
+    error = said(capsys, "distill", "dense.safetensors", "--teachers", STUDY, "--folder", runs, status=2)
+    assert "distill needs images to learn from: give --data" in error

@@ -174,6 +174,21 @@ def test_equal_names_are_numbered() -> None:
     found = report([net(), net(), nn.Linear(4, 4)])
     assert list(found.reports) == ["Sequential", "Sequential 2", "Linear"]
     assert list(report({"own": net()}).reports) == ["own"]
+    for folder in ("a", "b"):
+        save(net(), Path(folder) / "net.safetensors")
+    files = [Path("a/net.safetensors"), "b/net.safetensors"]
+    assert list(report(files, baseline=net()).reports) == ["baseline", "a/net.safetensors", "b/net.safetensors"]
+
+
+def test_many_labels_and_long_ones_find_their_place() -> None:
+    names = [f"{bits} bits, in layers of every kind there is" for bits in range(2, 8)]
+    reports = {name: Report(1, 1, 1, 5_000 + i, val_accuracy=0.9 + i / 1e3) for i, name in enumerate([*names, "a"])}
+    (axes,) = Comparison(reports).plot().axes
+    texts = [text for text in axes.texts if text.get_text()]
+    assert [text.get_text() for text in texts] == [*(f"{name[:16]}…{name[-16:]}" for name in names), "a"]
+    boxes, inside = [text.get_window_extent() for text in texts], axes.get_window_extent()
+    assert not any(boxes[i].overlaps(boxes[j]) for i in range(7) for j in range(i)), "no label covers another"
+    assert all(inside.contains(*corner) for box in boxes for corner in (box.min, box.max))
 
 
 def test_bad_input_is_refused() -> None:
@@ -185,6 +200,10 @@ def test_bad_input_is_refused() -> None:
         report([net(), 3])  # type: ignore[list-item]
     with pytest.raises(CompressionError, match="cannot read none.safetensors"):
         report(["none.safetensors"], baseline=net())
+    with pytest.raises(CompressionError, match="sources by name have texts as names, got 4"):
+        report({4: net()})  # type: ignore[dict-item]
+    with pytest.raises(CompressionError, match="thin does not take a batch of 4 x 1 x 8 x 8: "):
+        report({"thin": nn.Conv2d(3, 4, 1)}, example=X, baseline=net(), min_seconds=QUICK)
     save(net(), "plain.safetensors")
     with pytest.raises(CompressionError, match="plain.safetensors names no network of our spaces"):
         report(["plain.safetensors", net()])

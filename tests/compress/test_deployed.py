@@ -117,8 +117,9 @@ def test_latency_is_of_the_session(deployed: Deployed, monkeypatch: pytest.Monke
             return session.run(*args)
 
     monkeypatch.setattr(deployed, "_session", Counted())
-    found = deployed.latency(X[:2], min_seconds=0.001)
+    found = deployed.latency(X[:2].contiguous(memory_format=torch.channels_last), min_seconds=0.001)
     assert len(calls) > found.repeats >= 5
     assert all(feed["input"].shape == (2, 3, 8, 8) for _, feed in calls)
+    assert all(feed["input"].flags.c_contiguous for _, feed in calls), "else every run would copy it"
     assert (found.batch, found.threads, found.device) == (2, 1, "cpu")
     assert found.median_ms > 0

@@ -181,10 +181,59 @@ def test_mixtures(deployer: Deployer) -> None:
     assert deployer.deploy(policy)._content == deployed._content
 
 
+def test_a_file_has_its_layers_in_one_order_in_all_processes(deployer: Deployer) -> None:
+    deployed = deployer.deploy(dict.fromkeys(reversed(LAYERS), "weights4"))
+    names = [one.name for one in onnx.load_from_string(deployed._content).graph.initializer]
+    codes = [deployer._graph.layers[name].initializer + "/codes" for name in LAYERS]
+    assert [name for name in names if name in codes] == codes
+
+
+def test_int8_sums_do_not_overflow() -> None:
+    """Without VNNI, x86 processors add two products of eight bits in 16, unless told otherwise."""
+    model = nn.Sequential(nn.Conv2d(64, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+    x = torch.rand(8, 64, 2, 2, generator=torch.Generator().manual_seed(0))
+    deployed = to_int8(model, x, threads=1)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # rounded, computed in float
+    (wanted,) = onnxruntime.InferenceSession(deployed._content, options).run(None, {"input": x.numpy()})
+    step = float(wanted.max()) / 255
+    assert float((deployed(x) - torch.from_numpy(wanted)).abs().max()) < 1.01 * step
+
+
+def test_norms_of_equal_numbers_compute_in_int8(caplog: pytest.LogCaptureFixture) -> None:
+    """As new ones are, they are one array in the exported graph."""
+    layers = [nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.LayerNorm(32), nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 3)).eval()
+    x = torch.rand(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    deployer = Deployer(model, x)
+    caplog.clear()
+    for option in ("int8", "int8 asymmetric"):
+        deployed = deployer.deploy(dict.fromkeys(["1", "4", "7", "9"], option), threads=1)
+        assert 0 < distance(deployed(x), model(x).detach()) < 0.05
+    assert not caplog.records, "onnxruntime warns of every norm"
+
+
+def test_a_weight_that_is_computed_stays_float() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2))
+    deployed = to_int8(model, torch.rand(8, 4), threads=1)
+    assert deployed.policy == {"0": "float32", "2": "int8"}
+    assert deployed.kept_float == {"0": "its weight is computed from other parameters"}
+
+
+def test_threads_are_checked_before_any_work(deployer: Deployer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.deployment.strip", None)
+    with pytest.raises(CompressionError, match="threads=0"):
+        deployer.deploy({}, threads=0)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_low_bit_layers_keep_their_values(masked: bool) -> None:
     model = prune(net(), 0.5, exclude=["unused"]) if masked else net()
-    options: dict[str, dict[str, Any]] = {"stem.0": {"group": 7}, "one.0": {"symmetric": False}, "mix": {}, "two.0": {}}
+    options: dict[str, dict[str, Any]] = {"stem.0": {"group": 7}, "one.0": {"symmetric": False}, "mix": {}}
+    options["two.0"] = {"group": "tensor"}  # one scale, but a batch norm behind it
     for name, settings in options.items():
         model = quantize(model, {name: 3}, **settings)
     deployed = to_int8(model, X, policy={}, threads=1)
@@ -265,7 +314,7 @@ def test_several_inputs() -> None:
 
 @pytest.mark.parametrize("settings", [{"method": "entropy"}, {"method": "percentile"}, {"per_channel": False}])
 def test_other_settings(settings: dict[str, Any]) -> None:
-    deployed = to_int8(net(), X, threads=1, **settings)
+    deployed = to_int8(net(), [X[:6], X[6:]], threads=1, **settings)
     assert 0 < distance(deployed(X), net()(X).detach()) < 0.2
 
 

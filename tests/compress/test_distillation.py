@@ -327,6 +327,34 @@ def test_stages_teach_layers_inside(data: Data) -> None:
     assert apart(staged) < 0.9 * apart(plain)
 
 
+class Spare(nn.Module):
+    """A network with a layer that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.spare = network(3, 0), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("stages", "who"), [({"spare": "net.2"}, "the student"), ({"net.2": "spare"}, "teacher 1")])
+def test_layers_that_are_not_called_are_refused(data: Data, stages: dict[str, str], who: str) -> None:
+    with pytest.raises(CompressionError, match=f"layer 'spare' of {who} is not called"):
+        distill(Spare(), Spare(), data=data, stages=stages, **PLAIN)
+
+
+def test_two_stages_may_have_one_layer_of_a_teacher(data: Data) -> None:
+    student = network(3, 0)
+    one = distill(student, TEACHERS, data=data, stages={"0": "2", "2": "2"}, **PLAIN)
+    assert not equal(one, distill(student, TEACHERS, data=data, stages={"0": "2"}, **PLAIN))
+
+
+def test_a_student_without_values_is_refused(data: Data) -> None:
+    with pytest.raises(CompressionError, match="is on the meta device"):
+        distill(network(3, 0).to("meta"), TEACHERS, data=data, **PLAIN)
+
+
 @pytest.mark.parametrize("mode", ["off", "reversed"])
 def test_masks_hold(data: Data, mode: str) -> None:
     student = compress.prune(network(8, 0), 0.2)

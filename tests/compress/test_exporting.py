@@ -66,6 +66,15 @@ class Fixed(nn.Module):
         return x.view(2, 4) * 2
 
 
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.double()[:, :, None]).float()  # type: ignore[no-any-return]
+
+
 class Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * 2 if x.sum() > 0 else x
@@ -77,6 +86,7 @@ class Branch(nn.Module):
     ("model", "message"),
     [
         (Fixed(), "does not take a batch of 3 x 4"),
+        (Convolution().double(), "onnxruntime .* cannot run the exported model: .*float32"),
         (Branch(), "Branch cannot be exported with a free batch size: .* no Python branches on values"),
     ],
 )

@@ -110,6 +110,11 @@ def test_deployed_networks_are_inspected_too() -> None:
         inspect("net.onnx")
 
 
+def test_a_network_is_no_file() -> None:
+    with pytest.raises(CompressionError, match="inspect takes a file, got a Sequential; compress.report"):
+        inspect(net())  # type: ignore[arg-type]
+
+
 def test_damaged_files_are_refused() -> None:
     with pytest.raises(CompressionError, match="cannot read none.safetensors"):
         inspect("none.safetensors")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -42,16 +42,18 @@ def data() -> Data:
 class Simulated(nn.Module):
     """A deployment without ONNX: quick, for tests of the search around it."""
 
+    bytes: int
+
     def __init__(self, model: nn.Module, calibration: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.bytes = model, 0
 
     def deploy(self, policy: dict[str, str]) -> Any:
         own = weights(self.model)
         bits = {name: 32 if option == "float32" else parse(option)[1] for name, option in policy.items()}
-        self.bytes = sum(own[name].size * bits[name] for name in policy) // 8
-        self.model = apply_policy(self.model, policy).eval()
-        return self
+        found = Simulated(apply_policy(self.model, policy).eval(), None)
+        found.bytes = sum(own[name].size * bits[name] for name in policy) // 8
+        return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(x)
@@ -214,6 +216,7 @@ def test_all_float_is_what_training_gives(space: JointSpace, objective: Any, dat
     assert objective.preview(arch, ["params", "bytes"]) == {"params": plain["params"]}
 
 
+@pytest.mark.slow
 def test_measuring_twice_gives_the_same_bits(space: JointSpace, objective: Any, data: Data) -> None:
     arch = space.sample(Random(1))
     first = objective(arch, TrialRun())
@@ -233,6 +236,18 @@ def test_networks_that_differ_in_bits_are_trained_once(
     sizes = [objective(all_of(space, option), TrialRun())["bytes"] for option in ("weights4", "int8", "float32")]
     assert len(fits) == 1
     assert sizes == sorted({*sizes})
+
+    class Watched(TrialRun):
+        watched = True
+        reports: ClassVar[list[int]] = []
+
+        def report(self, epoch: int, value: float) -> None:
+            self.reports.append(epoch)
+
+    objective = space.objective(data, **QUICK | {"epochs": 2})
+    for option in ("weights4", "int8"):
+        objective(all_of(space, option), Watched())
+    assert Watched.reports == [1, 1], "a pruner sees every trial"
 
 
 @pytest.mark.usefixtures("simulated")
@@ -269,6 +284,7 @@ def test_a_killed_training_goes_on(space: JointSpace, data: Data, monkeypatch: p
     )
 
 
+@pytest.mark.slow
 def test_the_best_is_built_and_trained_further(data: Data) -> None:
     space = INNER * bits(3, 5, kinds=("weights",))
     result = nb.search(space, data, "random", trials=2, study="a", storage="a.log", progress=False, **QUICK)
@@ -284,6 +300,7 @@ def test_the_best_is_built_and_trained_further(data: Data) -> None:
     assert nb.validate(more, data)["val_loss"] < best.metrics["val_loss"]
 
 
+@pytest.mark.slow
 def test_the_front_door(data: Data) -> None:
     goals = ("val_accuracy", "latency_ms", "bytes")
     space = MobileNetV3(depths=(1,), width=0.25, stem="cifar") * bits(4, 8)

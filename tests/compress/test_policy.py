@@ -161,6 +161,10 @@ def test_a_policy_file_is_json_by_layer(model: nn.Module, tmp_path: Path) -> Non
     assert list(load_policy(path, model).items()) == [("0", "weights4"), ("8", "int8")]  # in the model's order
     with pytest.raises(CompressionError, match="lacks"):
         load_policy(path, nn.Linear(2, 2))
+    for wrong in ({"8": "int9"}, ["int8"]):
+        with pytest.raises(CompressionError, match="no option 'int9'|maps layers to options"):
+            save_policy(wrong, path)  # type: ignore[arg-type]
+    assert json.loads(path.read_text()) == {"8": "int8", "0": "weights4"}
     path.write_text("{")
     with pytest.raises(CompressionError, match="cannot read a policy"):
         load_policy(path, model)
@@ -208,6 +212,8 @@ def test_a_space_is_known_by_its_weights(model: nn.Module, space: PolicySpace) -
     assert hash(twin) == hash(space)
     assert twin.fingerprint == space.fingerprint
     assert PolicySpace(model, bits=(8, 32)) != space
+    smoother = nn.Sequential(*(nn.GELU() if isinstance(layer, nn.ReLU) else layer for layer in model.children()))
+    assert PolicySpace(smoother).fingerprint != space.fingerprint, "the same numbers in another network"
     before = space.build(space.uniform()["float32"]).state_dict()
     changed: Any = nn.Sequential(*model.children())
     saved = changed[8].bias.detach().clone()
@@ -234,6 +240,30 @@ def test_excluded_layers_stay_float(model: nn.Module) -> None:
     space = PolicySpace(model, exclude=["0"])
     assert list(space.choices) == ["3", "8"]
     assert "0" not in space.policy_of(space.uniform()["int8"])
+    assert space.arch_of({"0": "float32", "3": "int8", "8": "int8"}) == space.uniform()["int8"]
+    with pytest.raises(ArchError, match="no decision '0'"):
+        space.arch_of({"0": "int8"})
+
+
+def test_a_mode_that_the_space_lacks_is_refused(space: PolicySpace, model: nn.Module) -> None:
+    with pytest.raises(CompressionError, match="'0' has option 'int8 asymmetric'.* modes=\\('symmetric',\\)"):
+        space.arch_of({"0": "int8 asymmetric"})
+    asymmetric = PolicySpace(model, modes=("asymmetric",))
+    with pytest.raises(CompressionError, match="which is symmetric"):
+        asymmetric.arch_of({"0": "int8"})
+    policy = {"0": "int8 asymmetric", "3": "float32", "8": "weights4 asymmetric"}
+    assert asymmetric.policy_of(asymmetric.arch_of(policy)) == policy
+
+
+def test_models_that_take_small_images_only_have_shifts_by_an_example() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()
+    kinds, example = ("int8", "dense_shift"), torch.rand(2, 1, 8, 8)
+    with pytest.raises(CompressionError, match="Give example"):
+        PolicySpace(net, bits=(3, 8), kinds=kinds)
+    space = PolicySpace(net, bits=(3, 8), kinds=kinds, example=example)
+    assert space.layers == {"0": ("shift3", "int8"), "4": ("int8",)}
+    built: Any = space.build(space.uniform()["shift3"])
+    assert set(built[0].weight.abs().unique().tolist()) <= {1.0, 2.0, 4.0, 8.0}
 
 
 @pytest.mark.parametrize(
@@ -272,6 +302,7 @@ def test_all_float_is_the_model(space: PolicySpace, objective: Any, model: nn.Mo
     assert found["val_loss"] == pytest.approx(own["val_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_measuring_twice_gives_the_same_bits(space: PolicySpace, objective: Any, data: Data) -> None:
     archs = [space.sample(Random(i)) for i in range(3)]
     first = [objective(arch, TrialRun()) for arch in archs]
@@ -380,6 +411,7 @@ def test_equal_policies_are_measured_once(modal: PolicySpace, data: Data) -> Non
     assert objective.key(arch | {"0.mode": "asymmetric"}) == objective.key(arch)
 
 
+@pytest.mark.slow
 def test_the_front_door(model: nn.Module, data: Data) -> None:
     space = PolicySpace(model, bits=(4, 8, 32))
     goals = ("val_accuracy", "latency_ms", "bytes")

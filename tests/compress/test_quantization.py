@@ -17,6 +17,7 @@ from torch.nn.utils import prune as torch_prune
 import nasbench as nb
 from compress.errors import CompressionError
 from compress.low_bit import freeze_low_bit, low_bit_of
+from compress.low_bit_models import code_snapshot, freeze
 from compress.pruning import finalize, masks, prune
 from compress.quantization import AffineGrid, FakeQuantize, Layout, quantizable, quantize
 from compress.weights import weights
@@ -377,13 +378,15 @@ def test_restoring_refuses_what_makes_no_sense() -> None:
 
 def test_bits_by_layer_and_excluded_layers() -> None:
     net = Net()
+    before = copy.deepcopy(net.state_dict())
     small = quantize(net, {"conv.0": 2, "attention.in_proj_weight": 5})
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     bits = {name: getattr(step_of(small, name), "bits", None) for name in NAMES}
     assert bits == dict.fromkeys(NAMES) | {"conv.0": 2, "attention.in_proj_weight": 5}
     rest = quantize(net, 4, exclude=["conv", "attention"])
     assert [name for name in NAMES if step_of(rest, name)] == ["depthwise", "up", "head"]
     assert list(quantizable(net, ["head.weight"])) == NAMES[:-1]
-    assert torch.equal(net(batch()[0]), net(batch()[0])) and not any(map(parametrize.is_parametrized, net.modules()))
+    assert not any(map(parametrize.is_parametrized, net.modules()))
 
 
 def test_inplace_keeps_the_parameters_and_copies_are_apart() -> None:
@@ -411,6 +414,43 @@ def test_state_dicts_and_dtypes(settings: dict[str, Any]) -> None:
     other.load_state_dict(small.state_dict())
     assert torch.equal(small.eval()(x), other.eval()(x))
     assert all(step_of(other, name).zero.dtype == torch.uint8 for name in NAMES)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_state_dict_of_other_bits_is_refused(symmetric: bool) -> None:
+    """Scales of 8 bits with codes of 4 would give quite other weights, and no name or shape tells them apart."""
+    layer = nn.Linear(20, 10)
+    four, eight = (quantize(layer, bits, symmetric=symmetric, scale="max") for bits in (4, 8))
+    with pytest.raises(RuntimeError, match="zero is not that of 4 bits.*give the model the bits it was saved with"):
+        four.load_state_dict(eight.state_dict())
+    if symmetric:
+        with pytest.raises(RuntimeError, match="zero is not that of 8 bits"):
+            eight.load_state_dict(four.state_dict())
+        with pytest.raises(RuntimeError, match="zero is not that of 8 bits"):
+            eight.load_state_dict(quantize(layer, 8, symmetric=False).state_dict())
+    with pytest.raises(RuntimeError, match="zero is not that of 4 bits"):
+        freeze(four).load_state_dict(freeze(eight).state_dict())
+    for own in (eight, freeze(eight)):
+        other = copy.deepcopy(own)
+        with torch.no_grad():
+            other.bias.zero_()  # type: ignore[operator, union-attr]
+        other.load_state_dict(own.state_dict())
+        assert torch.equal(other.bias, own.bias) and torch.equal(other.weight, own.weight)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        blank = quantize(nn.Linear(20, 10, device="cpu"), 8, symmetric=symmetric)
+    blank.load_state_dict(eight.state_dict(), assign=True)
+    assert torch.equal(blank.weight, eight.weight)  # type: ignore[arg-type]
+
+
+def test_weights_that_left_their_grid_have_no_codes() -> None:
+    small = freeze(quantize(nn.Sequential(nn.Linear(20, 10)), 4)).requires_grad_(True)
+    with pytest.raises(CompressionError, match=r"'0': .* its scales are torch.float16, call model.float\(\)"):
+        code_snapshot(copy.deepcopy(small).half())
+    torch.optim.SGD(small.parameters(), lr=0.1, weight_decay=0.1).zero_grad()
+    small(torch.rand(2, 20)).sum().backward()
+    torch.optim.SGD(small.parameters(), lr=0.1).step()
+    with pytest.raises(CompressionError, match="'0': .* values are not on it. One that has left its grid, by training"):
+        code_snapshot(small)
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -173,6 +173,12 @@ def test_bad_input_is_refused() -> None:
     for example in (3, (), torch.tensor(1.0), torch.rand(0, 3, 8, 8)):
         with pytest.raises(CompressionError, match="example is a batch of inputs"):
             report(model, example=example)  # type: ignore[arg-type]
+    with pytest.raises(CompressionError, match=r"tensor \(N, ...\), or a tuple of such, got ndarray\.$"):
+        report(model, example=X.numpy())  # type: ignore[arg-type]
+    with pytest.raises(CompressionError, match="baseline is the original network, a module, got str"):
+        report(model, baseline="plain.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(CompressionError, match="data is what nasbench.data.load returns, got str"):
+        report(model, data="digits")  # type: ignore[arg-type]
     with pytest.raises(CompressionError, match=r"does not take a batch of 4 x 1 x 8 x 8: .*channels"):
         report(model, example=X[:, :1], baseline=model)
     with pytest.raises(CompressionError, match=r"outputs of shapes \[\(4, 10\)\], the baseline \[\(4, 1, 10\)\]"):

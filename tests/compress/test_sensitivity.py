@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,11 @@ def test_what_makes_no_sense_is_refused() -> None:
         ("no method 'hesian'.*did you mean 'hessian'", some, {"method": "hesian"}),
         ("bits is empty", some, {"bits": ()}),
         ("from 2 to 8, got 1", some, {"bits": (1, 2)}),
+        ("bits are some numbers of bits", some, {"bits": 4}),
+        ("bits are some numbers of bits", some, {"bits": "48"}),
+        ("from 2 to 8, got 'four'", some, {"bits": (2, "four")}),
         ("at least 2 probes", some, {"probes": 1}),
+        ("at least 2 probes, a whole number, got 2.5", some, {"probes": 2.5}),
         ("group is None", some, {"group": -1}),
         ("no way 'min'", some, {"scale": "min"}),
         ("exclude names '1'", some, {"exclude": ["1"]}),
@@ -281,7 +286,10 @@ def test_what_makes_no_sense_is_refused() -> None:
     for text, budget, choices in (
         ("8 bits were not tried", 100, [2, 8]),
         ("take 25 bytes with", 24, None),
-        ("0 bytes with", 24, []),
+        ("choices is empty", 24, []),
+        ("choices are some numbers of bits", 24, 4),
+        ("budget_bytes is a number of bytes, got nan", math.nan, None),
+        ("budget_bytes is a number of bytes, got '24'", "24", None),
     ):
         with pytest.raises(CompressionError, match=text):
             assign_bits(found, budget, choices)

@@ -456,6 +456,27 @@ def test_batch_norm_takes_up_the_scale_exactly(training: bool, affine: bool) -> 
         torch.testing.assert_close(found[:, 3:], expected[:, 3:], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("size", [1e-12, 1e-21, 1e-29])
+def test_channels_that_weight_decay_left_dead_are_converted(size: float, training: bool) -> None:
+    """Networks as they are published have them: the variance behind some is the least number that is not 0."""
+    net: Any = Net().train(training)
+    conv, norm, _ = net.main
+    with torch.no_grad():
+        conv.weight[2] *= size
+        conv.bias[2] *= size
+        norm.running_mean[2], norm.running_var[2] = 0, max(size**2, 2.0**-149)
+        norm.weight[2], norm.bias[2] = 0.5, 0.25
+    model: Any = shifted(4, net, init="convert")
+    weight = model.main[0].weight[2]
+    assert torch.equal(weight > 0, conv.weight[2] > 0) and float(weight.detach().abs().max()) > 8
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+    x = torch.rand(4, 16, 8, 8, generator=seeded())
+    torch.testing.assert_close(model.main(x)[:, 2], net.main(x)[:, 2])
+    steps(model, 1, torch.optim.SGD(model.parameters(), 0.1))
+    assert bool(model.eval()(images()).isfinite().all())
+
+
 def test_layers_that_no_norm_follows_stay_float() -> None:
     net: Any = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
     net = net.extend([nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2)])
@@ -565,6 +586,18 @@ def test_arithmetic_refuses() -> None:
         shift_multiply(torch.zeros(2, dtype=torch.int32), codes, 6)
     with pytest.raises(CompressionError, match="from 2 to 8"):
         shift_linear(torch.zeros(2), codes, 1)
+    for wrong in (codes + 8, codes.long(), codes.float()):
+        with pytest.raises(CompressionError, match=r"codes are torch.uint8 below 8, of `ShiftGrid\(3\)"):
+            shift_multiply(torch.zeros(2), wrong, 3)
+    x, kernel = torch.zeros(1, 4, 5, 5), torch.zeros(6, 2, 3, 3, dtype=torch.uint8)
+    shift_conv2d(x, kernel, 3, groups=2)
+    settings: list[tuple[Tensor, dict[str, Any]]] = [(x, {}), (x, {"groups": 4}), (x[0], {"groups": 2})]
+    for given, groups in settings:
+        with pytest.raises(CompressionError, match=r"x is \(N, in, H, W\) and codes are .* with groups="):
+            shift_conv2d(given, kernel, 3, **groups)
+    for padding in ("sme", 1):
+        with pytest.raises(CompressionError, match="padding is 'valid', 'same' or two widths, got"):
+            shift_conv2d(x, kernel, 3, groups=2, padding=padding)  # type: ignore[arg-type]
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------
@@ -604,6 +637,11 @@ def test_refusals_leave_the_model_alone() -> None:
     with torch.no_grad():
         broken.main[0].weight[0, 0, 0, 0] = math.inf
     refused(r"'main\.0' has weights that are infinite", broken, init="convert")
+    empty = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    empty[1].weight = nn.Parameter(torch.zeros(0, 4))
+    refused(r"the weight of '1' is empty: \(0, 4\)", empty, example=torch.zeros(2, 4), include_ends=True)
+    assert not low_bits(empty)
+    refused(r"'0' is torch\.float16, whose range is too small", nn.Sequential(nn.Linear(4, 4)).half(), bits={"0": 6})
     assert not low_bits(net) and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 

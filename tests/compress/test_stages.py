@@ -38,6 +38,13 @@ def test_outputs_are_those_of_the_last_forward_pass_and_hooks_go() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_outputs_are_those_of_the_layer_though_the_next_one_changes_them() -> None:
+    model, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True)), torch.randn(2, 1, 8, 8)
+    with outputs(model, ["0"]) as found:
+        model(x)
+    assert torch.equal(found["0"], model[0](x)) and bool((found["0"] < 0).any())
+
+
 def test_names_are_those_of_every_teacher_or_one_for_each() -> None:
     teachers = [network(8), network(12)]
     found = as_stages({"0": "0", "1": Stage(("0", "1"), length=5)}, network(), teachers)
@@ -47,6 +54,9 @@ def test_names_are_those_of_every_teacher_or_one_for_each() -> None:
 @pytest.mark.parametrize(
     ("stages", "teacher", "message"),
     [
+        (["0"], network(), "stages map layers of the student"),
+        ({"0": 3}, network(), "names a layer of the teachers, .* got 3"),
+        ({"0": ("0", 1)}, network(), "names a layer of the teachers"),
         ({"7": "0"}, network(), "the student .* has no layer '7'.*Known: 0, 1, 2, 3"),
         ({"0": "9"}, network(), "teacher 1 .* has no layer '9'"),
         ({"0": "0"}, torch.relu, "teacher 1 is no torch.nn.Module"),

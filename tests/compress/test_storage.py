@@ -402,6 +402,8 @@ def test_swapped_arguments_are_named() -> None:
         load("model.safetensors", "model.safetensors")  # type: ignore[arg-type]
     with pytest.raises(CompressionError, match=r"save\(model, path\) takes the model first, got a str"):
         save("model.safetensors", nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(CompressionError, match=r"save\(model, path\) takes the file second, got a NoneType"):
+        save(nn.Linear(2, 2), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
@@ -507,6 +509,18 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], st
         lambda header, _: header.update(origin={"space": {"space": "os:system"}}),
         "cannot be built: 'os:system'",
     ),
+    "no space": (
+        lambda header, _: header.update(origin={"space": "os:system", "arch": {}, "supernet": None}),
+        "model.safetensors names cannot be built",
+    ),
+    "strides": (
+        lambda header, arrays: (
+            entry("0.weight", shape=[0, *[2**31 - 1] * 3])(header, arrays),
+            [arrays.update({name: arrays[name][:0]}) for name in ("0.weight/gaps", "0.weight/values")],
+        ),
+        "'0.weight': its entry makes no sense",
+    ),
+    "whole numbers": (array("0.bias", lambda x: x.long()), "'0.bias' is torch.int64 in the file and torch.float32 in"),
     "no origin": (lambda header, _: header.update(origin=[1]), "cannot be built: this is no network of our spaces"),
 }
 
@@ -520,8 +534,9 @@ def test_tampered_files_are_refused(case: str) -> None:
     assert equal(load(FILE, module), model), "the checksum is what the test takes it for"
     change, message = TAMPERED[case]
     tamper(change)
-    with pytest.raises(CompressionError, match=message):
+    with pytest.raises(CompressionError, match=message) as caught:
         load(FILE, module)
+    assert ".. " not in str(caught.value)
 
 
 def test_deep_json_is_refused() -> None:
@@ -543,7 +558,10 @@ def test_a_named_network_takes_no_more_memory_than_its_file_says() -> None:
     save(model, FILE)
     tamper(lambda header, _: header["origin"]["space"].update(channels=1_000_000))  # 10 TB of weights
     assert equal(load(FILE), model)
-    tamper(lambda header, _: header["origin"]["space"].update(cells=3))
+    tamper(lambda header, _: header["origin"]["space"].update(classes=None))
+    with pytest.raises(CompressionError, match="cannot be built: NASBench201 does not know classes"):
+        load(FILE)
+    tamper(lambda header, _: header["origin"]["space"].update(classes=10, cells=3))
     with pytest.raises(
         CompressionError, match="does not fit the module: nothing only in the file, .* more only in the"
     ):

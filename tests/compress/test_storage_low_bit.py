@@ -321,6 +321,20 @@ def test_other_types_than_float32_are_refused_before_anything_is_written() -> No
     assert not FILE.exists()
 
 
+@pytest.mark.parametrize("make", [lambda m: quantize(m, 4), lambda m: dense_shift(m, {"3": 4}), lambda m: mixture()])
+def test_weights_that_left_their_grid_are_named_and_not_written(make: Callable[[nn.Module], nn.Module]) -> None:
+    save(make(net()), FILE)
+    before = FILE.read_bytes()
+    model = load(FILE, net()).requires_grad_(True)  # all, as one unfreezes a network
+    model(X).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(CompressionError, match=r"'\d\.weight': a .* has left its grid, by training"):
+        save(model, FILE)
+    assert FILE.read_bytes() == before
+    plain = finalize(model)
+    assert same_weights(load(save(plain, FILE), net()), plain)
+
+
 def test_the_wrong_module_is_refused() -> None:
     save(mixture(), FILE)
     with pytest.raises(CompressionError, match=r"does not fit the module: .*'12.weight' only in the module"):

@@ -55,6 +55,7 @@ def check_search(tmp_path: Path, said: list[tuple[int, str, str]], trials: int) 
     return result
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_search(tmp_path: Path) -> None:
     check_search(tmp_path, both_ranks(tmp_path, "--trials", "2", "--epochs", "1"), trials=2)
 
@@ -67,6 +68,7 @@ def test_two_processes_grow_one_network(tmp_path: Path) -> None:
     assert [trial.parent for trial in result.trials] == [None, 0, 0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_supernet(tmp_path: Path) -> None:
     settings = ("--strategy", "darts", "--epochs", "2", "--set", "batch_size=20")
     result = check_search(tmp_path, both_ranks(tmp_path, *settings), trials=1)

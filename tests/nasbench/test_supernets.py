@@ -368,6 +368,7 @@ def test_stop_skips_waits_for_an_architecture_with_fewer(data: nb.Data) -> None:
     assert begins_late.chosen is None  # nothing was learned before the third epoch
 
 
+@pytest.mark.slow
 def test_stop_eigenvalue_goes_back_a_window(data: nb.Data, monkeypatch: pytest.MonkeyPatch) -> None:
     training = trained(data, epochs=30, stop_eigenvalue=True)
     monkeypatch.setattr(SupernetTraining, "_eigenvalue", lambda self, epoch: 1.0 if epoch < 12 else 3.0)

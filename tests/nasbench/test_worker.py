@@ -118,6 +118,7 @@ def killed_in_training(tmp_path: Path, program: Path, kills: int) -> None:
     assert best_weights(tmp_path / "broken") == best_weights(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_study_killed_inside_training_ends_as_the_unbroken_one(tmp_path: Path) -> None:
     program = script(tmp_path, TRAIN, DATA="digits", IMAGES=200, TRIALS=4, EPOCHS=3)
     killed_in_training(tmp_path, program, kills=1)

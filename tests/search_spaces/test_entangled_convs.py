@@ -55,7 +55,7 @@ def trained(space: SearchSpace) -> Supernet:
 @pytest.mark.parametrize("space", SPACES)
 def test_one_hot_is_the_extracted_network(space: SearchSpace, sliced: bool) -> None:
     supernet, x = trained(space), images()
-    for arch in archs(space, 50):
+    for arch in archs(space, 12):
         mixture = space.one_hot(arch) if sliced else Mixture(dict(space.one_hot(arch)))
         alone, statistics = supernet.train().extract(arch), {}
         for training in (True, False):

@@ -272,6 +272,7 @@ def test_what_a_policy_likes_comes_again_and_counts_again() -> None:
 # Drawing -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_architectures_are_drawn_as_often_as_the_policy_says() -> None:
     space, strategy = Letters("323"), Reinforce(policy_lr=0.03, batch=10)
     history = walk(strategy, space, 50)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import nasbench as nb
-from nasbench.devices import laid_out, lay_out, layout_for
 from search_spaces import ResNet
+from search_spaces.layouts import laid_out, lay_out, layout_for
 
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
 
