@@ -146,6 +146,8 @@ class Deployed(nn.Module):
         if len(inputs) != len(self._inputs) or not all(isinstance(x, Tensor) for x in inputs):
             given = ", ".join(type(x).__name__ for x in inputs)
             raise CompressionError(f"the network takes {len(self._inputs)} tensors, got {given or 'nothing'}.")
+        if any(x.dtype == torch.bfloat16 for x in inputs):
+            raise CompressionError("the network takes no bfloat16 tensors; give x.float().")
         return {name: x.detach().cpu().contiguous().numpy() for name, x in zip(self._inputs, inputs, strict=True)}
 
     def _run(self, feed: dict[str, Any]) -> list[Any]:
@@ -154,7 +156,9 @@ class Deployed(nn.Module):
         except Exception as error:  # onnxruntime has a class for each code, and no common one
             wanted = ", ".join(f"{put.type} {put.shape}" for put in self._session.get_inputs())
             given = ", ".join(f"{x.dtype} {[*x.shape]}" for x in feed.values())
-            raise CompressionError(f"the network takes {wanted}, got {given}.") from error
+            raise CompressionError(
+                f"the network takes {wanted}, got {given}. Images are float tensors: x.float()."
+            ) from error
 
 
 def check_threads(threads: int | None) -> None:

@@ -67,7 +67,8 @@ def to_int8(
             float, or of few bits. Default: "int8" for all layers but those of few bits.
         method: how ranges are found: "minmax", "entropy" or "percentile".
         per_channel: int8 weights have a scale for each output channel, else one for the layer.
-        reduce_range: use 7 bits of int8 weights, for x86 processors without VNNI, whose sums of two products overflow.
+        reduce_range: use 7 bits of int8 weights. Sums of their products do not overflow on x86 processors without VNNI,
+            which else compute them in a slower way.
         threads: that the network runs on; default: as many as torch now uses.
 
     Raises:

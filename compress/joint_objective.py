@@ -78,6 +78,7 @@ class JointObjective(Objective):
         self.space, self.seed, self.data = space, seed, images_of(data)
         check_kind(space.space, data)
         self._float: TrainObjective | SupernetObjective
+        self.reports = space.one_shot is None
         if space.one_shot is None:
             recipe = dataclasses.replace(recipe or Recipe(), **(changes or {}))
             self._float = TrainObjective(_Networks(space), data, recipe, seeds=(seed,), device=device)

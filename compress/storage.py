@@ -213,6 +213,10 @@ def read(path: str | Path) -> Contents:
     except OSError as error:
         raise CompressionError(f"cannot read {path}: {error}. Name a file that compress.save wrote.") from None
     except SafetensorError as error:
+        if Path(path).suffix == ".onnx":
+            raise CompressionError(
+                f"{path} is no safetensors file: a deployed network is Deployed.load({str(path)!r})."
+            ) from None
         with Path(path).open("rb") as raw:
             zipped = raw.read(len(_ZIP)) == _ZIP
         if zipped:

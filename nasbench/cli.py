@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nasbench: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("nasbench: interrupted; run the same line again to go on", file=sys.stderr)
+        goes_on = "" if options.command == "compress" else "; run the same line again to go on"
+        print(f"nasbench: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
 

@@ -92,6 +92,8 @@ class Objective(ABC):
     """The metrics the search asked for."""
     trains: bool = False
     """Whether its trials take long and leave weights: such a study gets a folder."""
+    reports: bool = False
+    """Whether a trial reports its validation accuracy after every epoch, as a pruner needs it."""
     keeps: tuple[str, ...] = (WEIGHTS,)
     """The files in a trial's folder that stay there while the trial is among the best."""
 
@@ -162,6 +164,7 @@ class TrainObjective(Objective):
 
     default = "val_accuracy"
     trains = True
+    reports = True
     checkpoint_every = 10.0
     """Seconds of training that a killed search loses at most."""
 

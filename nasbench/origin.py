@@ -12,7 +12,7 @@ from torch import nn
 
 import search_spaces
 from nasbench.errors import SettingError
-from search_spaces.base import Arch, ArchError, SearchSpace
+from search_spaces.base import Arch, SearchSpace
 
 _ATTRIBUTE = "_nasbench_origin"  # a plain attribute: copied with the module, and in no state_dict
 
@@ -74,7 +74,9 @@ class Origin:
             space = search_spaces.space(name, **settings)
             supernet = entry["supernet"]
             return cls(space, space.check(entry["arch"]), None if supernet is None else dict(supernet))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, ArchError) as error:
+        except SettingError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise SettingError(f"this is no network of our spaces ({type(error).__name__}: {error}).") from None
 
 

@@ -19,7 +19,7 @@ from nasbench.objective import DIRECTIONS, WEIGHTS
 from nasbench.origin import mark
 from nasbench.pareto import front, hypervolume
 from nasbench.strategies.base import arch_of, proposal_of
-from search_spaces.base import Arch, SearchSpace, nearest
+from search_spaces.base import Arch, ArchError, SearchSpace, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -373,7 +373,7 @@ class SearchResult:
                     f"the result has format {entry['format']}, this version reads up to {FORMAT}. Update nasbench."
                 )
             if space is None:
-                space = search_spaces.space(settings.pop("space"), **settings)
+                space = _named_space(settings.pop("space"), settings)
             elif json.loads(space.to_json()) != settings:
                 raise StudyError(
                     f"the result belongs to {settings}, not to {space!r}. Give the space it was searched in."
@@ -451,3 +451,13 @@ def collect(
             )
         )
     return SearchResult(space, objectives, trials, folder=folder, conditions=conditions, epochs=epochs)
+
+
+def _named_space(name: str, settings: dict[str, Any]) -> SearchSpace:
+    if search_spaces.home_of(name) is None:
+        known = nearest(name.lower(), search_spaces.SPACES)
+        raise ArchError(
+            f"there is no search space {name!r}; {known} Give the space that was searched, if it is another, bound to "
+            "its data: SearchResult.load(path, space.bind(data))."
+        )
+    return search_spaces.space(name, **settings)

@@ -387,9 +387,10 @@ def _check_combination(strategy: Any, directions: Mapping[str, str], pruner: Any
         raise SettingError(f"a pruner follows one objective, not {', '.join(directions)}. Leave pruner out.")
     if isinstance(objective, SupernetObjective):
         raise SettingError("a pruner ends trainings early, but a one-shot search trains one supernet: leave it out.")
-    if list(directions) != ["val_accuracy"] or not objective.trains:
+    if list(directions) != ["val_accuracy"] or not objective.reports:
         raise SettingError(
-            "a pruner compares validation accuracies between epochs: it needs data and objectives='val_accuracy'."
+            "a pruner compares validation accuracies between epochs: it needs data, trials that are trained, and "
+            "objectives='val_accuracy'. Leave it out."
         )
     if not isinstance(pruner, str | BasePruner):
         raise SettingError(f"pruner is {pruner!r:.60}: give a name or an Optuna pruner. {nearest('', _PRUNERS)}")

@@ -20,7 +20,7 @@ import compress
 import nasbench as nb
 from nasbench.benchmarks import small_runs
 from nasbench.benchmarks.common import record
-from nasbench.benchmarks.int8_speed import all_float, seconds, version
+from nasbench.benchmarks.int8_speed import all_float, seconds, version, vnni
 
 FAMILIES = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121", "vit_b_16")
 
@@ -42,7 +42,15 @@ def main() -> None:
         name: small_runs.spread([one[name] for one in tested]) for name in tested[0]
     } | {"by_seed": tested}
     settings = {name: getattr(options, name) for name in ("images", "epochs", "batch", "rounds")}
-    record(__file__, figures, seeds=range(options.seeds), pixels="224 x 224", onnxruntime=version(), **settings)
+    record(
+        __file__,
+        figures,
+        seeds=range(options.seeds),
+        pixels="224 x 224",
+        onnxruntime=version(),
+        vnni=vnni(),
+        **settings,
+    )
 
 
 def family(name: str, rounds: int) -> dict[str, Any]:

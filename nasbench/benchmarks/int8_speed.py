@@ -63,8 +63,17 @@ def main() -> None:
         clock="wall time",
         pixels="random",
         versions_of_onnxruntime=version(),
+        vnni=vnni(),
         rounds=options.rounds,
     )
+
+
+def vnni() -> bool:
+    """Say whether the processor has instructions for products of eight bits, as /proc/cpuinfo tells it."""
+    try:
+        return "vnni" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def version() -> str:

@@ -99,8 +99,10 @@ def test_no_file() -> None:
 def test_what_it_does_not_take(deployed: Deployed) -> None:
     with pytest.raises(CompressionError, match=r"takes tensor\(float\) \[.*, 3, 8, 8\], got float32 \[8, 2, 8, 8\]"):
         deployed(X[:, :2])
-    with pytest.raises(CompressionError, match="got float64"):
+    with pytest.raises(CompressionError, match=r"got float64 .*: x.float\(\)"):
         deployed(X.double())
+    with pytest.raises(CompressionError, match=r"no bfloat16 tensors; give x.float\(\)"):
+        deployed(X.bfloat16())
     with pytest.raises(CompressionError, match="takes 1 tensors, got nothing"):
         deployed()
     with pytest.raises(CompressionError, match="threads=True"):

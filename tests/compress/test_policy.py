@@ -468,3 +468,8 @@ def test_a_function_may_judge_policies(space: PolicySpace) -> None:
         progress=False,
     )
     assert result.best.metrics["score"] >= 2
+
+
+def test_a_pruner_has_nothing_to_watch(space: PolicySpace, data: Data) -> None:
+    with pytest.raises(SettingError, match="a pruner compares validation accuracies.* trials that are trained"):
+        nb.search(space, data, "random", trials=2, objectives="val_accuracy", pruner="median")

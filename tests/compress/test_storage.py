@@ -566,3 +566,10 @@ def test_a_named_network_takes_no_more_memory_than_its_file_says() -> None:
         CompressionError, match="does not fit the module: nothing only in the file, .* more only in the"
     ):
         load(FILE)
+
+
+def test_deployed_networks_are_read_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(CompressionError, match=r"a deployed network is Deployed.load"):
+        read(path)

@@ -246,6 +246,9 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     monkeypatch.setattr("nasbench.data.load", interrupt)
     assert "interrupted; run the same line again to go on" in said(capsys, "search", status=130)
+    monkeypatch.setattr("compress.actions.read", interrupt)
+    Path("x.safetensors").touch()
+    assert said(capsys, "compress", "report", "x.safetensors", status=130).strip().endswith("interrupted")
 
 
 @pytest.mark.parametrize("line", [["--help"], ["search", "--help"], ["serach"]])

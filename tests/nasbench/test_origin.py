@@ -105,7 +105,7 @@ def test_other_texts_are_refused(change: dict[str, Any], message: str) -> None:
         Origin.from_json(json.dumps(entry | change))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"space": null}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"space": null}', '{"space": "resnet"}'])
 def test_no_origins_at_all_are_refused(text: str) -> None:
     with pytest.raises(SettingError, match="this is no network of our spaces"):
         Origin.from_json(text)
