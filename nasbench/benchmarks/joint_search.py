@@ -141,6 +141,9 @@ def plot(runs: dict[str, list[dict[str, Any]]]) -> None:
                 axes.scatter(*zip(*ordered, strict=True), s=8, color=colour)
         axes.set(xlabel="kilobytes of the deployed file", title="digits" if kind == "digits" else "CIFAR-10")
         axes.set_xscale("log")
+        axes.set_xticks([10, 15, 20, 30, 40, 60])
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter("{x:.0f}")
         axes.yaxis.set_major_formatter("{x:.0%}")
     first = figure.axes[0]
     first.set_ylabel("validation accuracy")
