@@ -39,6 +39,9 @@ class ImageData(Data):
     channels_last memory format, scaled to zero mean and unit deviation per channel of the training split, and labels y,
     int64 (B,). Test images are given to `nasbench.evaluate` alone.
 
+    In a training loop of your own on the CPU, narrow networks need contiguous images, as `nasbench.fit` gives them:
+    ``laid_out(x, layout_for(model))`` of `search_spaces.layouts`, which says why.
+
     Attributes (see `Data` for those of all kinds):
         channels, height, width: the size of an image.
         crop, flip: in training, images shift by up to `crop` pixels over a black border, and are mirrored at random.
