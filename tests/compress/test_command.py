@@ -115,7 +115,7 @@ def test_channels_of_a_study_and_what_the_file_holds(runs: Path, capsys: pytest.
     assert [line.split() for line in alone[1:5]] == [line.split() for line in held.splitlines()[1:5]]
     assert alone[-1] == "--shape C,H,W or --data adds multiply-adds and latency"
     again = said(capsys, "report", "pruned.safetensors", "--data", "digits")
-    assert re.findall(r"^(\w+) +([\d,]+)$", again, re.M) == re.findall(r"^(\w+) +([\d,]+)$", held, re.M)
+    assert re.findall(r"^(\w+) +([\d,]+)$", again, re.MULTILINE) == re.findall(r"^(\w+) +([\d,]+)$", held, re.MULTILINE)
 
 
 def test_weights_become_powers_of_two_and_train_on(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
