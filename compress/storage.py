@@ -39,6 +39,7 @@ from compress.deployed import Deployed
 from compress.entries import decode, encode, whole
 from compress.errors import CompressionError
 from compress.filling import Stored, blank_copy, fill, slots_of
+from nasbench.errors import SettingError
 from nasbench.files import atomic_write
 from nasbench.origin import Origin, origin_of
 
@@ -247,7 +248,7 @@ def read(path: str | Path) -> Contents:
         raise _damaged(path, f"nothing says what its arrays of {min(parts)!r} are")
     try:
         origin = Origin.from_json(json.dumps(header["origin"])) if "origin" in header else None
-    except ValueError as error:
+    except SettingError as error:
         raise CompressionError(f"the network that {path} names cannot be built: {error}") from None
     return Contents(header["version"], stored, origin)
 
